@@ -1,0 +1,52 @@
+// What the CPU kernels need so that the compiler vectorises them well in one portable library.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../stable.h"
+
+// The function is compiled for several levels of x86-64 and the best one is picked when the library is loaded. Other
+// architectures have their vector unit (NEON) in the baseline.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define TOKENPRUNE_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define TOKENPRUNE_MULTIVERSION
+#endif
+
+namespace tokenprune {
+
+// 16-bit floats as types that the compiler converts in vector registers.
+struct Bf16 {
+  uint16_t bits;
+  operator float() const {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof(value));
+    return value;
+  }
+};
+
+template <typename scalar_t>
+struct Vectorizable {
+  using type = scalar_t;
+};
+template <>
+struct Vectorizable<torch::headeronly::BFloat16> {
+  using type = Bf16;
+};
+#if defined(__FLT16_MAX__)
+template <>
+struct Vectorizable<torch::headeronly::Half> {
+  using type = _Float16;
+};
+#endif
+template <typename scalar_t>
+using vectorizable_t = typename Vectorizable<scalar_t>::type;
+
+template <typename scalar_t>
+const vectorizable_t<scalar_t>* vector_ptr(const Tensor& tensor) {
+  return static_cast<const vectorizable_t<scalar_t>*>(tensor.data_ptr());
+}
+
+}  // namespace tokenprune

@@ -1,0 +1,115 @@
+#include "../ops/topk_gather.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <string>
+#include <tuple>
+
+#include "simd.h"
+
+namespace tokenprune {
+namespace {
+
+// Puts the patch positions of one image into `order`: the kept ones first, then the dropped ones, each ascending.
+template <typename value_t>
+void select(const TopkGatherParams& params,
+            const value_t* scores,  // [tokens]
+            int32_t* order) {       // [tokens - num_prefix]
+  const int64_t patches = params.tokens - params.num_prefix;
+  std::iota(order, order + patches, static_cast<int32_t>(params.num_prefix));
+  // Higher first, NaN last, equal ones by position.
+  const auto before = [scores](int32_t i, int32_t j) {
+    const double a = static_cast<double>(scores[i]);
+    const double b = static_cast<double>(scores[j]);
+    const bool a_nan = a != a;
+    const bool b_nan = b != b;
+    if (a_nan != b_nan) return b_nan;
+    if (!a_nan && a != b) return a > b;
+    return i < j;
+  };
+  std::nth_element(order, order + params.keep - 1, order + patches, before);
+  std::sort(order, order + params.keep);
+  std::sort(order + params.keep, order + patches);
+}
+
+template <typename value_t, typename acc_t>
+TOKENPRUNE_MULTIVERSION void add_scaled(acc_t weight, const value_t* __restrict__ x, int64_t n,
+                                        acc_t* __restrict__ sum) {
+  for (int64_t c = 0; c < n; ++c) sum[c] += weight * static_cast<acc_t>(x[c]);
+}
+
+Tensor select_all(const TopkGatherParams& params, const Tensor& scores) {
+  Tensor order = torch::stable::new_empty(scores, {params.batch, params.tokens - params.num_prefix}, ScalarType::Int);
+  TOKENPRUNE_DISPATCH(scores.scalar_type(), "topk_gather", [&] {
+    const auto* s = vector_ptr<scalar_t>(scores);
+    int32_t* o = data_ptr<int32_t>(order);
+    torch::stable::parallel_for(0, params.batch, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) select(params, s + b * params.tokens, o + b * order.size(1));
+    });
+  });
+  return order;
+}
+
+// Copies the kept tokens of one image behind its prefix tokens.
+void gather(const TopkGatherParams& params, const char* x, const int32_t* kept, int64_t row_bytes, char* out) {
+  std::memcpy(out, x, params.num_prefix * row_bytes);
+  out += params.num_prefix * row_bytes;
+  for (int64_t i = 0; i < params.keep; ++i) std::memcpy(out + i * row_bytes, x + kept[i] * row_bytes, row_bytes);
+}
+
+// The fused token of one image, summed in ascending order of position.
+template <typename scalar_t>
+void fuse_dropped(const TopkGatherParams& params,
+                  const scalar_t* x,                          // [tokens, channels]
+                  const accumulate_t<scalar_t>* weights,      // [tokens], or null for the mean
+                  const int32_t* dropped,
+                  accumulate_t<scalar_t>* sum,                // [channels]
+                  scalar_t* out) {                            // [channels]
+  using acc_t = accumulate_t<scalar_t>;
+  const int64_t channels = params.channels;
+  const auto* values = reinterpret_cast<const vectorizable_t<scalar_t>*>(x);
+  std::fill_n(sum, channels, acc_t(0));
+  for (int64_t i = 0; i < params.dropped(); ++i) {
+    const acc_t weight = weights ? weights[dropped[i]] : acc_t(1);
+    add_scaled(weight, values + dropped[i] * channels, channels, sum);
+  }
+  const acc_t divisor = weights ? acc_t(1) : static_cast<acc_t>(params.dropped());
+  for (int64_t c = 0; c < channels; ++c) out[c] = static_cast<scalar_t>(sum[c] / divisor);
+}
+
+std::tuple<Tensor, Tensor> topk_gather_cpu(Tensor x, Tensor scores, int64_t keep, int64_t num_prefix,
+                                           std::string fuse) {
+  const TopkGatherParams params = check_topk_gather(x, scores, keep, num_prefix, fuse);
+  x = torch::stable::contiguous(x);
+  scores = torch::stable::contiguous(scores);
+  const Tensor order = select_all(params, scores);
+  const auto acc_dtype = accumulate_dtype(x);
+  const Tensor weights = torch::stable::to(scores, acc_dtype);
+  Tensor sums = torch::stable::new_empty(x, {params.batch, params.channels}, acc_dtype);
+  Tensor tokens = torch::stable::new_empty(x, {params.batch, params.tokens_out(), params.channels});
+  Tensor index = torch::stable::new_empty(x, {params.batch, params.keep}, ScalarType::Long);
+  TOKENPRUNE_DISPATCH(x.scalar_type(), "topk_gather", [&] {
+    using acc_t = accumulate_t<scalar_t>;
+    const int64_t row_bytes = params.channels * static_cast<int64_t>(sizeof(scalar_t));
+    torch::stable::parallel_for(0, params.batch, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const int32_t* kept = data_ptr<int32_t>(order) + b * order.size(1);
+        const scalar_t* in = data_ptr<scalar_t>(x) + b * params.tokens * params.channels;
+        scalar_t* out = data_ptr<scalar_t>(tokens) + b * params.tokens_out() * params.channels;
+        gather(params, reinterpret_cast<const char*>(in), kept, row_bytes, reinterpret_cast<char*>(out));
+        std::copy_n(kept, params.keep, data_ptr<int64_t>(index) + b * params.keep);
+        if (!params.has_fused()) continue;
+        const acc_t* w = params.fuse == Fuse::kWeighted ? data_ptr<acc_t>(weights) + b * params.tokens : nullptr;
+        fuse_dropped(params, in, w, kept + params.keep, data_ptr<acc_t>(sums) + b * params.channels,
+                     out + (params.tokens_out() - 1) * params.channels);
+      }
+    });
+  });
+  return {tokens, index};
+}
+
+}  // namespace
+}  // namespace tokenprune
+
+STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) { m.impl("topk_gather", TORCH_BOX(&tokenprune::topk_gather_cpu)); }

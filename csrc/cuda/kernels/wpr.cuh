@@ -1,0 +1,133 @@
+// Weighted page rank, s <- A^T s, one block for each matrix: all iterations and the test for convergence run inside one
+// launch. A matrix that fits is staged in shared memory and read from device memory once; a larger one is read again
+// every iteration.
+#pragma once
+
+#include <utility>
+
+#include "../../ops/wpr_params.h"
+#include "device.cuh"
+
+namespace tokenprune {
+namespace wpr {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kPerLane = 8;                      // columns a lane sums at a time
+constexpr int kColumns = kPerLane * kWarpSize;   // columns a block sums at a time
+
+// The scores before and after an iteration, one column tile of partial sums, one value a warp.
+template <typename acc_t>
+constexpr int64_t staged_scores_bytes(int64_t tokens) {
+  return 2 * tokens * static_cast<int64_t>(sizeof(acc_t));
+}
+template <typename acc_t>
+constexpr int64_t scratch_bytes() {
+  return (kWarps * kColumns + kWarps) * static_cast<int64_t>(sizeof(acc_t));
+}
+
+// One step next = A^T s; returns this thread's part of sum |next - s|. Each warp walks over rows, its lanes over the
+// columns; the warps' sums are then added in order.
+template <typename value_t, typename acc_t>
+__device__ acc_t step(const value_t* attn,  // [n, n]
+                      int n,
+                      const acc_t* s,  // [n]
+                      acc_t* next,     // [n]
+                      acc_t* partial) {
+  const int warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  acc_t change = 0;
+  for (int tile = 0; tile < n; tile += kColumns) {
+    acc_t sums[kPerLane] = {};
+    for (int q = warp; q < n; q += kWarps) {
+      const acc_t weight = s[q];
+      const value_t* row = attn + static_cast<int64_t>(q) * n;
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        const int k = tile + j * kWarpSize + lane;
+        if (k < n) sums[j] += weight * to_acc<acc_t>(row[k]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) partial[warp * kColumns + j * kWarpSize + lane] = sums[j];
+    __syncthreads();
+    for (int c = threadIdx.x; c < kColumns && tile + c < n; c += kThreads) {
+      const acc_t total = column_total<kWarps, kColumns>(partial, c);
+      const acc_t off = total - s[tile + c];
+      change += off < 0 ? -off : off;
+      next[tile + c] = total;
+    }
+    __syncthreads();
+  }
+  return change;
+}
+
+template <typename value_t, typename acc_t, bool kStaged>
+__global__ void __launch_bounds__(kThreads) kernel(WprParams params,
+                                                   const value_t* attn,  // [matrices, n, n]
+                                                   const acc_t* start,   // [n], [matrices, n] or null: ones
+                                                   acc_t* workspace,     // [matrices, n]; unused when staged
+                                                   acc_t* out) {         // [matrices, n]
+  extern __shared__ __align__(16) unsigned char shared[];
+  const int n = static_cast<int>(params.tokens);
+  const int64_t matrix = blockIdx.x;
+  attn += matrix * n * n;
+  out += matrix * n;
+
+  acc_t* partial = reinterpret_cast<acc_t*>(shared);
+  acc_t* warp_sums = partial + kWarps * kColumns;
+  acc_t* s = out;
+  acc_t* next = workspace + matrix * n;
+  if constexpr (kStaged) {
+    s = warp_sums + kWarps;
+    next = s + n;
+    value_t* staged = reinterpret_cast<value_t*>(next + n);
+    for (int64_t i = threadIdx.x; i < static_cast<int64_t>(n) * n; i += kThreads) staged[i] = attn[i];
+    attn = staged;
+  }
+  for (int k = threadIdx.x; k < n; k += kThreads) s[k] = start ? start[matrix * params.start_stride + k] : acc_t(1);
+  __syncthreads();
+
+  const acc_t threshold = static_cast<acc_t>(params.threshold);
+  for (int64_t iteration = 0; iteration < params.max_iters; ++iteration) {
+    const acc_t change = block_sum<kThreads>(step(attn, n, s, next, partial), warp_sums);
+    std::swap(s, next);
+    if (change <= threshold) break;  // the same for every thread
+  }
+  if (s != out) {
+    for (int k = threadIdx.x; k < n; k += kThreads) out[k] = s[k];
+  }
+}
+
+}  // namespace wpr
+
+// Whether a matrix is staged in shared memory on the current device: then no workspace is needed.
+template <typename value_t, typename acc_t>
+cudaError_t wpr_fits(const WprParams& params, bool* fits) {
+  int device = 0, limit = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int64_t bytes = wpr::scratch_bytes<acc_t>() + wpr::staged_scores_bytes<acc_t>(params.tokens) +
+                        params.tokens * params.tokens * static_cast<int64_t>(sizeof(value_t));
+  *fits = bytes <= limit;
+  return error;
+}
+
+template <typename value_t, typename acc_t>
+cudaError_t launch_wpr(const WprParams& params, bool fits, const value_t* attn, const acc_t* start, acc_t* workspace,
+                       acc_t* out, cudaStream_t stream) {
+  if (params.matrices == 0) return cudaSuccess;
+  auto* kernel = fits ? wpr::kernel<value_t, acc_t, true> : wpr::kernel<value_t, acc_t, false>;
+  int64_t bytes = wpr::scratch_bytes<acc_t>();
+  if (fits) {
+    bytes += wpr::staged_scores_bytes<acc_t>(params.tokens) +
+             params.tokens * params.tokens * static_cast<int64_t>(sizeof(value_t));
+  }
+  const cudaError_t error = allow_shared_bytes(kernel, bytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<static_cast<unsigned>(params.matrices), wpr::kThreads, bytes, stream>>>(params, attn, start, workspace, out);
+  return cudaGetLastError();
+}
+
+}  // namespace tokenprune

@@ -1,0 +1,37 @@
+// Argument checks of `attn_colsum`, for both backends.
+#pragma once
+
+#include <string>
+
+#include "../stable.h"
+#include "attn_colsum_params.h"
+
+namespace tokenprune {
+
+inline AttnColsumParams check_attn_colsum(const Tensor& attn,  // [B, H, N, N]
+                                          const std::string& head_reduce, const std::string& query_rows,
+                                          int64_t num_prefix) {
+  STD_TORCH_CHECK(attn.dim() == 4 && attn.size(2) == attn.size(3), "attn must have shape [B, H, N, N]");
+  STD_TORCH_CHECK(attn.size(1) > 0 && attn.size(2) > 0, "attn must have at least one head and one token");
+  const int64_t tokens = attn.size(2);
+  STD_TORCH_CHECK(0 <= num_prefix && num_prefix <= tokens, "num_prefix must be in 0..", tokens, ", got ", num_prefix);
+  AttnColsumParams params{attn.size(0), attn.size(1), tokens, 0, tokens, num_prefix, HeadReduce::kMean};
+  if (query_rows == "patch") {
+    params.row_begin = num_prefix;
+  } else if (query_rows == "cls") {
+    STD_TORCH_CHECK(num_prefix >= 1, "query_rows='cls' needs a class token: num_prefix must be at least 1, got 0");
+    params.row_end = 1;
+  } else {
+    STD_TORCH_CHECK(query_rows == "all", "query_rows must be one of all, patch, cls, got '", query_rows, "'");
+  }
+  if (head_reduce == "max") {
+    params.head_reduce = HeadReduce::kMax;
+  } else if (head_reduce == "sum") {
+    params.head_reduce = HeadReduce::kSum;
+  } else {
+    STD_TORCH_CHECK(head_reduce == "mean", "head_reduce must be one of mean, max, sum, got '", head_reduce, "'");
+  }
+  return params;
+}
+
+}  // namespace tokenprune

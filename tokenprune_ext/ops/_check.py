@@ -1,0 +1,51 @@
+"""Argument checks shared by the operators. Each names the argument, the value and what is allowed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are formed in: float64 for float64, float32 for every other floating dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_floating(name: str, value: object, shape: str) -> None:
+    """``value`` is a tensor of a supported dtype with as many dimensions as ``shape`` names, e.g. ``"[B, H, N]"``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor {shape}, got {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        raise TypeError(f"{name} must have one of the dtypes {allowed}, got {value.dtype}")
+    if value.dim() != shape.count(",") + 1:
+        raise ValueError(f"{name} must have shape {shape}, got {list(value.shape)}")
+
+
+def check_attention(attn: object) -> None:
+    """``attn`` is a batch of square attention matrices ``[B, H, N, N]`` with at least one head and one token."""
+    check_floating("attn", attn, "[B, H, N, N]")
+    assert isinstance(attn, Tensor)
+    heads, rows, columns = attn.shape[1:]
+    if rows != columns:
+        raise ValueError(f"attn must have shape [B, H, N, N] with equal last dimensions, got {list(attn.shape)}")
+    if heads < 1 or rows < 1:
+        raise ValueError(f"attn must have at least one head and one token, got shape {list(attn.shape)}")
+
+
+def check_int(name: str, value: object, low: int, high: int | None = None, why: str = "") -> None:
+    """``value`` is an int with ``low <= value <= high``; ``why`` explains the upper bound."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    if high is not None and value > high:
+        raise ValueError(f"{name} must be at most {high}{f' ({why})' if why else ''}, got {value}")
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

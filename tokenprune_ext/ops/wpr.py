@@ -1,0 +1,125 @@
+"""Weighted page rank of the attention graph (Zero-TPrune, section 3.2: the importance stage)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._check import accumulate_dtype, check_attention, check_int
+from ._define import define
+
+
+def _check(attn: Tensor, start: Tensor | None, max_iters: int, tol: float) -> None:
+    check_attention(attn)
+    check_int("max_iters", max_iters, 0)
+    if not tol >= 0:
+        raise ValueError(f"tol must be at least 0, got {tol}")
+    if start is None:
+        return
+    if not isinstance(start, Tensor):
+        raise TypeError(f"start must be a torch.Tensor [N] or [B, H, N] or None, got {type(start).__name__}")
+    batch, heads, tokens = attn.shape[:3]
+    if tuple(start.shape) not in ((tokens,), (batch, heads, tokens)):
+        raise ValueError(
+            f"start must have shape [{tokens}] or [{batch}, {heads}, {tokens}] to go with attn {list(attn.shape)}, "
+            f"got {list(start.shape)}"
+        )
+    if start.dtype != accumulate_dtype(attn.dtype):
+        raise TypeError(f"start must be {accumulate_dtype(attn.dtype)} for attn of {attn.dtype}, got {start.dtype}")
+    if start.device != attn.device:
+        raise ValueError(f"start must be on the device of attn, {attn.device}, got {start.device}")
+
+
+def _first(attn: Tensor, start: Tensor | None) -> Tensor:
+    """The scores before the first iteration, [B, H, N], never a view of ``start``."""
+    scores = attn.new_ones(attn.shape[:3], dtype=accumulate_dtype(attn.dtype))
+    return scores if start is None else scores * start
+
+
+def _iterate(
+    attn: Tensor, start: Tensor | None, max_iters: int, tol: float
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """The final scores, and for every iteration the scores it began with and which heads it still moved.
+
+    No early exit: a converged head is held still, so the host never waits for the device.
+    """
+    scores = _first(attn, start)
+    active = torch.ones_like(scores[..., :1], dtype=torch.bool)
+    steps = []
+    for _ in range(max_iters):
+        steps.append((scores, active))
+        new = torch.where(active, torch.matmul(scores.unsqueeze(-2), attn).squeeze(-2), scores)
+        active = active & ~((new - scores).abs().sum(-1, keepdim=True) <= tol * attn.shape[-1])
+        scores = new
+    return scores, steps
+
+
+def reference(attn: Tensor, start: Tensor | None = None, max_iters: int = 30, tol: float = 1e-6) -> Tensor:
+    """The operator in plain torch."""
+    _check(attn, start, max_iters, tol)
+    return _iterate(attn.to(accumulate_dtype(attn.dtype)), start, max_iters, tol)[0]
+
+
+def _fake(attn: Tensor, start: Tensor | None = None, max_iters: int = 30, tol: float = 1e-6) -> Tensor:
+    _check(attn, start, max_iters, tol)
+    return attn.new_empty(attn.shape[:3], dtype=accumulate_dtype(attn.dtype))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    attn, start, ctx.max_iters, ctx.tol = inputs
+    ctx.save_for_backward(attn, start)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    """Reverse of ``s <- A^T s``: ``g <- A g``, and every step adds ``s g^T`` to the gradient of A."""
+    attn, start = ctx.saved_tensors
+    wide = attn.to(grad.dtype)
+    _, steps = _iterate(wide, start, ctx.max_iters, ctx.tol)
+    grad_attn = torch.zeros_like(wide)
+    for scores, active in reversed(steps):
+        flowing = torch.where(active, grad, 0.0)
+        grad_attn = grad_attn + scores.unsqueeze(-1) * flowing.unsqueeze(-2)
+        grad = torch.where(active, torch.matmul(wide, grad.unsqueeze(-1)).squeeze(-1), grad)
+    grad_start = None
+    if start is not None:
+        grad_start = grad.sum((0, 1)) if start.dim() == 1 else grad
+    return grad_attn.to(attn.dtype), grad_start, None, None
+
+
+_op = define(
+    "wpr(Tensor attn, Tensor? start=None, int max_iters=30, float tol=1e-6) -> Tensor",
+    reference=reference,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def wpr(attn: Tensor, start: Tensor | None = None, max_iters: int = 30, tol: float = 1e-6) -> Tensor:
+    """Weighted page rank: power iteration ``s <- A^T s`` of every image and head.
+
+    There is no damping and no renormalisation. The rows of a softmax sum to 1, so the sum of ``s`` is kept, and with
+    the default start the scores have mean 1.
+
+    Args:
+        attn: attention probabilities, rows are queries, ``[B, H, N, N]``; float16, bfloat16, float32 or float64.
+        start: scores before the first iteration, ``[N]`` or ``[B, H, N]``; ones by default.
+        max_iters: at most this many iterations; 0 returns the start.
+        tol: an image's head stops after the iteration that changes it by ``sum |s_t - s_(t-1)| <= tol * N``.
+
+    Returns:
+        Scores ``[B, H, N]``, float32 (float64 when ``attn`` is). A NaN in ``attn`` gives NaN scores.
+
+    Raises:
+        TypeError: an argument is no tensor, or has an unsupported dtype.
+        ValueError: ``attn`` is not ``[B, H, N, N]``, ``start`` does not fit it, ``max_iters`` or ``tol`` is negative.
+
+    Source: Zero-TPrune (CVPR 2024), section 3.2, algorithm 1, on the mean-1 scale.
+    """
+    check_attention(attn)
+    if isinstance(start, Tensor):
+        start = start.to(accumulate_dtype(attn.dtype))
+    _check(attn, start, max_iters, tol)
+    return _op(attn, start, max_iters, tol)
