@@ -49,9 +49,9 @@ T* data_ptr(const Tensor& tensor) {
 }  // namespace tokenprune
 
 // Runs the lambda with `scalar_t` as the C++ type of a floating dtype.
-#define TOKENPRUNE_DISPATCH(TYPE, NAME, ...)                                                \
-  THO_DISPATCH_SWITCH(TYPE, NAME,                                                           \
-                      THO_DISPATCH_CASE(torch::headeronly::ScalarType::Half, __VA_ARGS__)   \
-                          THO_DISPATCH_CASE(torch::headeronly::ScalarType::BFloat16, __VA_ARGS__) \
+#define TOKENPRUNE_DISPATCH(TYPE, NAME, ...)                                                       \
+  THO_DISPATCH_SWITCH(TYPE, NAME,                                                                  \
+                      THO_DISPATCH_CASE(torch::headeronly::ScalarType::Half, __VA_ARGS__)          \
+                          THO_DISPATCH_CASE(torch::headeronly::ScalarType::BFloat16, __VA_ARGS__)  \
                               THO_DISPATCH_CASE(torch::headeronly::ScalarType::Float, __VA_ARGS__) \
                                   THO_DISPATCH_CASE(torch::headeronly::ScalarType::Double, __VA_ARGS__))

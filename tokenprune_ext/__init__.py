@@ -1,12 +1,20 @@
 """Token pruning for vision transformers.
 
-``torch.ops.tokenprune.*`` exist once this package is imported; :func:`apply` prunes a pretrained model.
+``torch.ops.tokenprune.*`` exist once this package is imported; :func:`apply` prunes a pretrained model. What patches
+models needs timm and is imported on first use, so that the operators work without it.
 """
 
-from importlib import metadata
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
 
 from . import ops
 from ._loader import load
+
+if TYPE_CHECKING:
+    from . import methods as methods
+    from .patch import UnsupportedModelError as UnsupportedModelError
+    from .prune import Description, Trace, apply, describe, remove, schedule_of, trace
+    from .schedule import Schedule
 
 try:
     __version__ = metadata.version("tokenprune")
@@ -15,4 +23,42 @@ except metadata.PackageNotFoundError:  # imported from a source tree that is not
 
 LIBRARIES = load()
 
-__all__ = ["LIBRARIES", "__version__", "ops"]
+_HOMES = {
+    "Description": "prune",
+    "Schedule": "schedule",
+    "Trace": "prune",
+    "UnsupportedModelError": "patch",
+    "apply": "prune",
+    "describe": "prune",
+    "remove": "prune",
+    "schedule_of": "prune",
+    "trace": "prune",
+}
+
+__all__ = [
+    "LIBRARIES",
+    "Description",
+    "Schedule",
+    "Trace",
+    "UnsupportedModelError",
+    "__version__",
+    "apply",
+    "describe",
+    "methods",
+    "ops",
+    "remove",
+    "schedule_of",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "methods":
+        return import_module(".methods", __name__)
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,14 +9,17 @@ namespace tokenprune {
 namespace {
 
 constexpr int64_t kTile = 256;  // columns a task owns
+constexpr int64_t kRows = 32;   // rows summed on their own before they join the total: less rounding in long columns
 
 // out[k] = the sum over rows of the reduction over heads, for `width` <= kTile columns. NaN propagates.
 template <typename value_t, typename acc_t>
-TOKENPRUNE_MULTIVERSION void reduce_tile(const AttnColsumParams& params,
-                                         const value_t* __restrict__ attn,  // [heads, tokens, tokens] from the column on
-                                         int64_t width,
-                                         acc_t* __restrict__ out) {  // [width]
+TOKENPRUNE_MULTIVERSION void reduce_tile(
+    const AttnColsumParams& params,
+    const value_t* __restrict__ attn,  // [heads, tokens, tokens] from the column on
+    int64_t width,
+    acc_t* __restrict__ out) {  // [width]
   acc_t row[kTile];
+  acc_t sum[kTile];
   const int64_t head_stride = params.tokens * params.tokens;
   std::fill_n(out, width, acc_t(0));
   for (int64_t q = params.row_begin; q < params.row_end; ++q) {
@@ -33,7 +36,11 @@ TOKENPRUNE_MULTIVERSION void reduce_tile(const AttnColsumParams& params,
         for (int64_t k = 0; k < width; ++k) row[k] += static_cast<acc_t>(a[k]);
       }
     }
-    for (int64_t k = 0; k < width; ++k) out[k] += row[k];
+    const int64_t place = (q - params.row_begin) % kRows;
+    for (int64_t k = 0; k < width; ++k) sum[k] = place == 0 ? row[k] : sum[k] + row[k];
+    if (place == kRows - 1 || q == params.row_end - 1) {
+      for (int64_t k = 0; k < width; ++k) out[k] += sum[k];
+    }
   }
   if (params.head_reduce == HeadReduce::kMean) {
     for (int64_t k = 0; k < width; ++k) out[k] /= static_cast<acc_t>(params.heads);

@@ -61,11 +61,11 @@ void gather(const TopkGatherParams& params, const char* x, const int32_t* kept, 
 // The fused token of one image, summed in ascending order of position.
 template <typename scalar_t>
 void fuse_dropped(const TopkGatherParams& params,
-                  const scalar_t* x,                          // [tokens, channels]
-                  const accumulate_t<scalar_t>* weights,      // [tokens], or null for the mean
+                  const scalar_t* x,                      // [tokens, channels]
+                  const accumulate_t<scalar_t>* weights,  // [tokens], or null for the mean
                   const int32_t* dropped,
-                  accumulate_t<scalar_t>* sum,                // [channels]
-                  scalar_t* out) {                            // [channels]
+                  accumulate_t<scalar_t>* sum,  // [channels]
+                  scalar_t* out) {              // [channels]
   using acc_t = accumulate_t<scalar_t>;
   const int64_t channels = params.channels;
   const auto* values = reinterpret_cast<const vectorizable_t<scalar_t>*>(x);

@@ -1,12 +1,12 @@
 // What every CUDA adapter does: device guard, current stream, types the kernels know, errors.
 #pragma once
 
-#include "../stable.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
+
+#include "../stable.h"
 
 namespace tokenprune {
 

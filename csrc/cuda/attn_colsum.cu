@@ -1,7 +1,6 @@
-#include "../ops/attn_colsum.h"
-
 #include <string>
 
+#include "../ops/attn_colsum.h"
 #include "adapter.h"
 #include "kernels/attn_colsum.cuh"
 
@@ -15,8 +14,7 @@ Tensor attn_colsum_cuda(Tensor attn, std::string head_reduce, std::string query_
   Tensor out = torch::stable::new_empty(attn, {params.batch, params.tokens}, accumulate_dtype(attn));
   TOKENPRUNE_DISPATCH(attn.scalar_type(), "attn_colsum", [&] {
     using acc_t = accumulate_t<scalar_t>;
-    check_cuda(launch_attn_colsum(params, cuda_ptr<scalar_t>(attn), data_ptr<acc_t>(out), scope.stream),
-               "attn_colsum");
+    check_cuda(launch_attn_colsum(params, cuda_ptr<scalar_t>(attn), data_ptr<acc_t>(out), scope.stream), "attn_colsum");
   });
   return out;
 }

@@ -1,5 +1,4 @@
 #include "../ops/head_aggregate.h"
-
 #include "adapter.h"
 #include "kernels/head_aggregate.cuh"
 

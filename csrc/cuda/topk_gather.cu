@@ -1,8 +1,7 @@
-#include "../ops/topk_gather.h"
-
 #include <string>
 #include <tuple>
 
+#include "../ops/topk_gather.h"
 #include "adapter.h"
 #include "kernels/gather.cuh"
 #include "kernels/select.cuh"
@@ -14,9 +13,8 @@ void run_select(const TopkGatherParams& params, const Tensor& scores, const Tens
                 cudaStream_t stream) {
   int64_t* k = data_ptr<int64_t>(kept);
   int32_t* d = data_ptr<int32_t>(dropped);
-  check_cuda(scores.scalar_type() == ScalarType::Double
-                 ? launch_select(params, data_ptr<double>(scores), k, d, stream)
-                 : launch_select(params, data_ptr<float>(scores), k, d, stream),
+  check_cuda(scores.scalar_type() == ScalarType::Double ? launch_select(params, data_ptr<double>(scores), k, d, stream)
+                                                        : launch_select(params, data_ptr<float>(scores), k, d, stream),
              "topk_gather");
 }
 

@@ -1,7 +1,6 @@
-#include "../ops/wpr.h"
-
 #include <optional>
 
+#include "../ops/wpr.h"
 #include "adapter.h"
 #include "kernels/wpr.cuh"
 

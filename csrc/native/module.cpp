@@ -97,6 +97,7 @@ PYBIND11_MODULE(_native, m) {
         "CUDA runtime this package is linked to and CUDA the driver supports (0: no driver), as 1000 * major + 10 * "
         "minor; empty for a CPU-only build.");
   m.def("device_count", &device_count, "Number of usable CUDA devices; 0 without a driver.");
-  m.def("device_properties", &device_properties, py::arg("device") = 0,
-        "Properties of one CUDA device; clocks in kHz, sizes in bytes. Raises ValueError when there is no such device.");
+  m.def(
+      "device_properties", &device_properties, py::arg("device") = 0,
+      "Properties of one CUDA device; clocks in kHz, sizes in bytes. Raises ValueError when there is no such device.");
 }

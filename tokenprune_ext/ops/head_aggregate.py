@@ -23,7 +23,7 @@ def _check(scores: Tensor, vmin: float, vmax: float, num_prefix: int) -> None:
 
 def _kept_heads(patches: Tensor, vmin: float, vmax: float) -> Tensor:
     """Variance-based head filter: 1 for the heads that count, [B, H, 1]; all of them when none passes."""
-    variance = patches.var(-1, unbiased=False, keepdim=True)
+    variance = (patches - patches.mean(-1, keepdim=True)).square().mean(-1, keepdim=True)
     keep = (vmin <= variance) & (variance <= vmax)
     return (keep | ~keep.any(1, keepdim=True)).to(patches.dtype)
 

@@ -30,7 +30,8 @@ def _split(scores: Tensor, keep: int, num_prefix: int) -> tuple[Tensor, Tensor]:
     """Positions in x of the kept and of the dropped patch tokens, each ascending."""
     # Negated and ascending: equal scores keep the lower index first, and NaN comes last.
     order = torch.sort(-scores[:, num_prefix:], dim=1, stable=True).indices + num_prefix
-    return order[:, :keep].sort(1).values, order[:, keep:].sort(1).values
+    kept, dropped = order[:, :keep].sort(1).values, order[:, keep:].sort(1).values
+    return kept.contiguous(), dropped.contiguous()
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
@@ -44,9 +45,7 @@ def _weights(scores: Tensor, dropped: Tensor, fuse: str, dtype: torch.dtype) -> 
     return torch.full(dropped.shape, 1.0 / dropped.shape[1], dtype=dtype, device=dropped.device)
 
 
-def reference(
-    x: Tensor, scores: Tensor, keep: int, num_prefix: int = 0, fuse: str = "none"
-) -> tuple[Tensor, Tensor]:
+def reference(x: Tensor, scores: Tensor, keep: int, num_prefix: int = 0, fuse: str = "none") -> tuple[Tensor, Tensor]:
     """The operator in plain torch."""
     _check(x, scores, keep, num_prefix, fuse)
     kept, dropped = _split(scores, keep, num_prefix)
@@ -105,9 +104,7 @@ _op = define(
 )
 
 
-def topk_gather(
-    x: Tensor, scores: Tensor, keep: int, num_prefix: int = 0, fuse: str = "none"
-) -> tuple[Tensor, Tensor]:
+def topk_gather(x: Tensor, scores: Tensor, keep: int, num_prefix: int = 0, fuse: str = "none") -> tuple[Tensor, Tensor]:
     """Keep the ``keep`` patch tokens with the highest scores, in their original order, behind the prefix tokens.
 
     Equal scores: the lower index wins. NaN scores sort last, below minus infinity. Each image is decided on its own.

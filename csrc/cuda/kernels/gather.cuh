@@ -23,8 +23,7 @@ __global__ void __launch_bounds__(kThreads) copy_kernel(TopkGatherParams params,
   if (row >= params.batch * rows) return;
   const int64_t image = row / rows;
   const int64_t place = row % rows;
-  const int64_t token =
-      place < params.num_prefix ? place : kept[image * params.keep + place - params.num_prefix];
+  const int64_t token = place < params.num_prefix ? place : kept[image * params.keep + place - params.num_prefix];
   x += (image * params.tokens + token) * units;
   out += (image * params.tokens_out() + place) * units;
   for (int64_t i = threadIdx.x % kWarpSize; i < units; i += kWarpSize) out[i] = x[i];

@@ -13,8 +13,8 @@ namespace wpr {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kPerLane = 8;                      // columns a lane sums at a time
-constexpr int kColumns = kPerLane * kWarpSize;   // columns a block sums at a time
+constexpr int kPerLane = 8;                     // columns a lane sums at a time
+constexpr int kColumns = kPerLane * kWarpSize;  // columns a block sums at a time
 
 // The scores before and after an iteration, one column tile of partial sums, one value a warp.
 template <typename acc_t>
