@@ -1,5 +1,5 @@
-// The only place that knows the torch ABI: the version we build for, checks, dtype dispatch. First include of every
-// adapter (a .cpp in csrc/cpu, a .cu in csrc/cuda).
+// The only place that knows the torch ABI: the version we build for, checks, dtype dispatch. No other file includes a
+// torch header.
 #pragma once
 
 // LibTorch stable ABI as of torch 2.10: one library for this and every later torch, and for every Python.
@@ -9,6 +9,7 @@
 #endif
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -1,0 +1,294 @@
+"""What is refused is refused by name, before anything is changed."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import pytest
+import timm
+import torch
+from host_models import TINY, images_for, make_host, snapshot
+from timm.layers import Mlp
+from timm.models import vision_transformer as vit
+from timm.models.vision_transformer import Attention, VisionTransformer
+from torch import nn
+
+from tokenprune_ext.methods import TopK, ZeroTPrune
+from tokenprune_ext.patch import UnsupportedModelError
+from tokenprune_ext.prune import apply, describe, schedule_of, trace
+from tokenprune_ext.schedule import Schedule
+
+
+class OwnViT(VisionTransformer):
+    """Could do anything in its forward."""
+
+
+class OwnAttention(Attention):
+    """As could this."""
+
+
+def vit_with(change=lambda model: None, **options):
+    model = VisionTransformer(patch_size=16, **{**TINY, **options})
+    change(model)
+    return model
+
+
+def replace(path, make):
+    """A change of one submodule of a model."""
+
+    def change(model):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, make())
+
+    return change
+
+
+def double_last_block(model):
+    model.blocks[3] = model.blocks[2]
+
+
+def own_forward(model):
+    model.blocks[1].forward = lambda x: x
+
+
+def own_attention_forward(model):
+    model.blocks[1].attn.forward = lambda x: x
+
+
+def own_intermediates(model):
+    model.forward_intermediates = lambda x: x
+
+
+def hook_attention(model):
+    model.blocks[1].attn.register_forward_hook(lambda *args: None)
+
+
+UNSUPPORTED = {
+    "not a ViT": (lambda: nn.Linear(2, 2), "torch.nn.modules.linear.Linear is not supported"),
+    "swin": (
+        lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), embed_dim=24),
+        "SwinTransformer is not supported",
+    ),
+    "eva": (
+        lambda: timm.create_model("eva02_tiny_patch14_224", depth=1, embed_dim=64, num_heads=1),
+        "Eva is not supported",
+    ),
+    "subclass": (lambda: OwnViT(patch_size=16, **TINY), "OwnViT is not supported"),
+    "compiled": (lambda: torch.compile(vit_with()), "OptimizedModule is not supported; patch the model before"),
+    "ResPostBlock": (partial(vit_with, block_fn=vit.ResPostBlock), "blocks.0 is not supported: .*ResPostBlock"),
+    "ParallelScalingBlock": (
+        partial(vit_with, block_fn=vit.ParallelScalingBlock),
+        "blocks.0 is not supported: .*ParallelScalingBlock",
+    ),
+    "ParallelThingsBlock": (
+        partial(vit_with, block_fn=vit.ParallelThingsBlock),
+        "blocks.0 is not supported: .*ParallelThingsBlock",
+    ),
+    "one other block": (partial(vit_with, replace("blocks.2", nn.Identity)), "blocks.2 is not supported: .*Identity"),
+    "compiled block": (
+        partial(vit_with, lambda model: replace("blocks.2", partial(torch.compile, model.blocks[2]))(model)),
+        "blocks.2 is not supported: .*OptimizedModule",
+    ),
+    "attention subclass": (
+        partial(vit_with, replace("blocks.3.attn", partial(OwnAttention, 32, 2))),
+        "blocks.3.attn is not supported: .*OwnAttention",
+    ),
+    "unknown part": (
+        partial(vit_with, replace("blocks.1.attn.rope", nn.Identity)),
+        r"blocks.1.attn is not supported: unknown parts \['rope'\]",
+    ),
+    "unknown parameter": (
+        partial(vit_with, replace("blocks.1.attn.sink", lambda: nn.Parameter(torch.zeros(2)))),
+        r"blocks.1.attn is not supported: unknown parts \['sink'\]",
+    ),
+    "unknown block part": (
+        partial(vit_with, replace("blocks.0.adapter", lambda: Mlp(32))),
+        r"blocks.0 is not supported: unknown parts \['adapter'\]",
+    ),
+    "missing part": (
+        partial(vit_with, lambda model: delattr(model.blocks[0], "ls1")),
+        r"missing parts \['ls1'\]",
+    ),
+    "blocks in a list": (partial(vit_with, replace("blocks", nn.ModuleList)), "blocks is not supported: .*ModuleList"),
+    "one block twice": (partial(vit_with, double_last_block), "distinct blocks"),
+    "patch dropout": (partial(vit_with, patch_drop_rate=0.3), "patch_drop is not supported: .*patch_drop_rate=0"),
+    "forward replaced": (partial(vit_with, own_forward), "blocks.1 is not supported: its forward was replaced"),
+    "attention forward replaced": (
+        partial(vit_with, own_attention_forward),
+        "blocks.1.attn is not supported: its forward was replaced",
+    ),
+    "intermediates replaced": (partial(vit_with, own_intermediates), "forward_intermediates is not supported"),
+    "hooked attention": (partial(vit_with, hook_attention), "blocks.1.attn is not supported: forward hooks"),
+}
+if hasattr(vit, "DiffAttention"):
+    UNSUPPORTED["DiffAttention"] = (
+        partial(vit_with, attn_layer="diff"),
+        "blocks.0.attn is not supported: .*DiffAttention",
+    )
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_unsupported_models_are_refused_by_name(case):
+    make, message = UNSUPPORTED[case]
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
+        apply(model, "topk", layers=[1, 2], keep=0.5)
+    assert "Supported: timm VisionTransformer" in str(caught.value)
+    assert isinstance(caught.value, TypeError)
+    assert snapshot(model) == before
+
+
+def test_no_fixed_image_size():
+    model = vit_with()
+    model.patch_embed.img_size = model.patch_embed.num_patches = None
+    with pytest.raises(UnsupportedModelError, match="patch_embed is not supported: built without an image size"):
+        apply(model, "topk", keep=0.5)
+
+
+SCHEDULE = {"model": "m", "input_size": (64, 64), "num_prefix_tokens": 1, "num_patches": 16, "method": "topk"}
+
+BAD_ARGUMENTS = {
+    "no target": (ValueError, "exactly one of keep and macs", {"method": "topk"}),
+    "two targets": (ValueError, "exactly one of keep and macs", {"method": "topk", "keep": 0.5, "macs": 0.5}),
+    "unknown method": (ValueError, "unknown method 'best'; available: pomt, random", {"method": "best", "keep": 0.5}),
+    "not a method": (TypeError, "method must be a Method or the name", {"method": 3, "keep": 0.5}),
+    "a class": (TypeError, "method must be a Method or the name", {"method": TopK, "keep": 0.5}),
+    "ratio 0": (ValueError, r"keep must be in \(0, 1\], got 0", {"method": "topk", "keep": 0.0}),
+    "ratio above 1": (ValueError, r"keep must be in \(0, 1\], got 1.5", {"method": "topk", "keep": 1.5}),
+    "ratio nan": (ValueError, r"keep must be in \(0, 1\], got nan", {"method": "topk", "keep": float("nan")}),
+    "ratio a bool": (TypeError, "keep must be a float", {"method": "topk", "keep": True}),
+    "ratio an int": (TypeError, "keep must be a float", {"method": "topk", "keep": 8}),
+    "ratio a string": (TypeError, "keep must be a float", {"method": "topk", "keep": "0.5"}),
+    "nothing kept": (ValueError, "keep=0.01 leaves none of the 16 patch", {"method": "topk", "keep": 0.01}),
+    "too few entries": (ValueError, "keep has 2 entries for the 3 layers", {"method": "topk", "keep": [0.5, 0.5]}),
+    "bad entry": (TypeError, "keep must hold floats", {"method": "topk", "keep": [0.5, None, 0.5]}),
+    "bool entry": (TypeError, "keep must hold floats", {"method": "topk", "keep": [0.5, True, 0.5]}),
+    "count 0": (ValueError, r"keep\[1\] must be at least 1, got 0", {"method": "topk", "keep": [0, 0, 0]}),
+    "count too high": (ValueError, r"keep\[1\] is 17, but only 16", {"method": "topk", "keep": [17, 3, 2]}),
+    "count rising": (ValueError, r"keep\[2\] is 9, but only 8", {"method": "topk", "keep": [8, 9, 2]}),
+    "pomt to one": (ValueError, r"keep\[1\] is 1, but pomt leaves at least 2", {"method": "pomt", "keep": [1]}),
+    "layer too high": (ValueError, r"layers has 4, .* layers 0..3", {"method": "topk", "layers": [4], "keep": 0.5}),
+    "layer negative": (ValueError, "at least 0, got -1", {"method": "topk", "layers": [-1], "keep": 0.5}),
+    "layer a float": (TypeError, "layers must be an int", {"method": "topk", "layers": [1.0], "keep": 0.5}),
+    "layers descending": (ValueError, "layers must be ascending", {"method": "topk", "layers": [2, 1], "keep": 0.5}),
+    "layers repeated": (ValueError, "layers must be ascending", {"method": "topk", "layers": [2, 2], "keep": 0.5}),
+    "layers empty": (ValueError, "at least one block", {"method": "topk", "layers": [], "keep": 0.5}),
+    "layers an int": (TypeError, "layers must be a sequence", {"method": "topk", "layers": 2, "keep": 0.5}),
+    "macs 0": (ValueError, r"macs must be in \(0, 1\], got 0", {"method": "topk", "macs": 0.0}),
+    "macs a string": (TypeError, "macs must be a float", {"method": "topk", "macs": "half"}),
+    "macs out of reach": (
+        ValueError,
+        r"macs=0.3 is out of reach: topk at layers \[3\] cannot go below 0\.\d+",
+        {"method": "topk", "layers": [3], "macs": 0.3},
+    ),
+    "schedule and keep": (
+        ValueError,
+        "must not be given with one",
+        {"method": Schedule(**SCHEDULE, keep={1: 8}), "keep": 0.5},
+    ),
+    "schedule too deep": (
+        ValueError,
+        "keep names layer 4, .* layers 0..3",
+        {"method": Schedule(**SCHEDULE, keep={4: 8})},
+    ),
+    "schedule, input size": (
+        ValueError,
+        r"input_size \(32, 128\), but .* has \(64, 64\)",
+        {"method": Schedule(**{**SCHEDULE, "input_size": (32, 128)}, keep={1: 8})},
+    ),
+    "schedule, prefix": (
+        ValueError,
+        "num_prefix_tokens 5, but .* has 1",
+        {"method": Schedule(**{**SCHEDULE, "num_prefix_tokens": 5}, keep={1: 8})},
+    ),
+    "schedule, patches": (
+        ValueError,
+        "num_patches 49, but .* has 16",
+        {"method": Schedule(**{**SCHEDULE, "num_patches": 49}, keep={1: 8})},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+@pytest.mark.parametrize("patched", [False, True])
+def test_bad_arguments_change_nothing(case, patched):
+    kind, message, arguments = BAD_ARGUMENTS[case]
+    model = make_host("vit")
+    if patched:
+        apply(model, "zero_tprune", keep=0.7)
+    before = snapshot(model)
+    with pytest.raises(kind, match=message):
+        apply(model, **arguments)
+    assert snapshot(model) == before
+
+
+def test_a_class_token_start_needs_a_class_token():
+    model = make_host("siglip")
+    before, method = snapshot(model), ZeroTPrune(start="class")
+    other = Schedule(
+        **{**SCHEDULE, "num_prefix_tokens": 0, "method": method.name}, keep={1: 8}, options=method.options()
+    )
+    for argument in ({"method": method, "keep": 0.5}, {"method": other}):
+        with pytest.raises(ValueError, match="start='class' needs a class token, and vit_base_patch16_siglip_224 has"):
+            apply(model, **argument)
+        assert snapshot(model) == before
+
+
+def test_hooked_attention_keeps_the_earlier_patch():
+    model = apply(make_host("vit"), "topk", layers=[2], keep=0.5)
+    hook_attention(model)
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match="forward hooks"):
+        apply(model, "topk", layers=[1], keep=0.5)
+    assert snapshot(model) == before
+    apply(model, "topk", layers=[3], keep=0.5)  # the hooked block does not prune
+
+
+def test_a_model_of_another_size():
+    model = make_host("vit")
+    model.patch_embed.strict_img_size = False
+    model.set_input_size((96, 96))
+    apply(model, "topk", keep=0.5)
+    model.set_input_size((64, 64))
+    message = re.escape("block 1 got 17 tokens and expects 37 (1 prefix + 36 patch): the schedule was made for 96 x 96")
+    with pytest.raises(ValueError, match=message):
+        model(images_for(model))
+    for function in (schedule_of, describe):
+        with pytest.raises(ValueError, match=r"input_size \(96, 96\)"):
+            function(model)
+    apply(model, "topk", keep=0.5)
+    assert model(images_for(model)).shape == (2, 10)
+
+
+def test_images_of_another_size():
+    model = apply(timm.create_model("vit_tiny_patch16_224", **TINY, dynamic_img_size=True), "pomt", keep=0.5)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 10)
+    with pytest.raises(ValueError, match="block 1 got 25 tokens and expects 17"):
+        model(torch.randn(1, 3, 96, 64))
+
+
+def test_masks_are_refused():
+    model = apply(make_host("vit"), "topk", layers=[0], keep=0.5)
+    with pytest.raises(ValueError, match="attn_mask and is_causal do not work on a pruned model"):
+        model.blocks[0](torch.randn(1, 17, 32), attn_mask=torch.zeros(17, 17))
+    with pytest.raises(ValueError, match="attn_mask and is_causal do not work on a pruned model"):
+        model.blocks[0](torch.randn(1, 17, 32), is_causal=True)
+
+
+@pytest.mark.parametrize("name", ["forward_intermediates", "get_intermediate_layers", "prune_intermediate_layers"])
+def test_dense_features_are_refused(name):
+    model = apply(make_host("vit"), "topk", keep=0.5)
+    with pytest.raises(ValueError, match=f"{name}.* do not work on a pruned model"):
+        getattr(model, name)(images_for(model))
+
+
+def test_functions_that_need_a_patched_model():
+    model = make_host("vit")
+    with pytest.raises(ValueError, match="the model is not pruned"):
+        schedule_of(model)
+    with pytest.raises(ValueError, match="the model is not pruned"):
+        trace(model, images_for(model))
+    with pytest.raises(UnsupportedModelError):
+        describe(nn.Linear(2, 2))

@@ -1,0 +1,61 @@
+"""POMT, "pruning one more token": one pruning layer, the least important tokens replaced by their mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tokenprune_ext import ops
+from tokenprune_ext.patch.context import AttentionContext
+
+from .base import Method, check_option, register
+
+
+@register
+@dataclass(frozen=True)
+class Pomt(Method):
+    """Attention received from the other patches plus the weight of the token's own value vector.
+
+    To remove R tokens, the R + 1 with the lowest scores are replaced by their plain mean, appended last.
+
+    Args:
+        feature: which vectors of the token weigh in: ``v``, ``k`` or ``q``.
+        head_reduce: reduction over the heads of both terms: ``max``, ``mean`` or ``sum``.
+
+    Source: "Pruning One More Token is Enough", WACV 2025 (arXiv 2407.05941), section 3.
+    """
+
+    name: ClassVar[str] = "pomt"
+    fuse: ClassVar[Literal["none", "mean"]] = "mean"
+
+    feature: str = "v"
+    head_reduce: str = "max"
+
+    def __post_init__(self) -> None:
+        check_option("feature", self.feature, ("v", "k", "q"))
+        check_option("head_reduce", self.head_reduce, ("max", "mean", "sum"))
+
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        """The block at a quarter of the depth: 3 of 12, 10 of 40."""
+        return (depth // 4,)
+
+    def scores(self, ctx: AttentionContext) -> Tensor:
+        """Importance ``[B, N]``, float32 (float64 for float64)."""
+        received = ops.attn_colsum(ctx.attention(), self.head_reduce, "patch", ctx.num_prefix)
+        received = received / received.amax(dim=1, keepdim=True)
+        return received + self._feature_weight(ctx).to(received.dtype)
+
+    def _feature_weight(self, ctx: AttentionContext) -> Tensor:
+        """Softmax over all tokens of the channel sum of the head-reduced feature, ``[B, N]``."""
+        feature: Tensor = getattr(ctx, self.feature)
+        dtype = torch.promote_types(feature.dtype, torch.float32)
+        if self.head_reduce == "max":
+            reduced = feature.amax(dim=1).sum(dim=-1, dtype=dtype)
+        else:
+            reduced = feature.sum(dim=(1, 3), dtype=dtype)
+            if self.head_reduce == "mean":
+                reduced = reduced / feature.shape[1]
+        return reduced.softmax(dim=-1)
