@@ -83,5 +83,5 @@ def test_bad_arguments(arguments: dict[str, object], error: type[Exception], wor
 
 
 def test_the_raw_operator_checks_too(device: str) -> None:
-    with pytest.raises(RuntimeError, match="num_prefix must be in 0..3, got 4"):
+    with pytest.raises(RuntimeError, match=r"num_prefix must be in 0\.\.3, got 4"):
         torch.ops.tokenprune.head_aggregate(torch.rand(2, 3, 4, device=device), 0.0, 1.0, 4)

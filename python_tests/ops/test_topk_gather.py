@@ -159,7 +159,7 @@ def test_bad_arguments(arguments: dict[str, object], error: type[Exception], wor
 
 def test_the_raw_operator_checks_too(device: str) -> None:
     x, scores = torch.rand(2, 6, 4, device=device), torch.rand(2, 6, device=device)
-    with pytest.raises(RuntimeError, match="keep must be in 1..5, got 6"):
+    with pytest.raises(RuntimeError, match=r"keep must be in 1\.\.5, got 6"):
         torch.ops.tokenprune.topk_gather(x, scores, 6, 1)
     with pytest.raises(RuntimeError, match="fuse must be one of"):
         torch.ops.tokenprune.topk_gather(x, scores, 3, 1, "max")
