@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
-import pytest
 import timm
 import torch
 from timm.models.vision_transformer import Attention, VisionTransformer
@@ -86,12 +85,3 @@ def snapshot(model: nn.Module) -> dict[str, tuple[int, type, dict[str, object]]]
         }
 
     return {name: (id(module), type(module), attributes(module)) for name, module in model.named_modules()}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small only wait for each other on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -168,6 +168,13 @@ class OpMatrix:
         for single, result in zip(backend.run(self.op, *alone), results, strict=True):
             assert torch.equal(single, result[1:2])
 
+    def test_same_bits_on_any_number_of_threads(self) -> None:
+        args = self.arguments(self.small_sample(), Backend("cpu"), torch.float32)
+        results = Backend("cpu").run(self.op, *args)
+        torch.set_num_threads(3)
+        for threaded, result in zip(Backend("cpu").run(self.op, *args), results, strict=True):
+            assert torch.equal(threaded, result)
+
     @each_backend
     def test_inputs_are_not_written(self, backend: Backend) -> None:
         args = self.arguments(self.small_sample(), backend, torch.float32)

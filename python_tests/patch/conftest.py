@@ -1,3 +1,0 @@
-"""Applies to every test of this folder."""
-
-from host_models import one_thread  # noqa: F401
