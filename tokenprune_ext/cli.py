@@ -1,0 +1,123 @@
+"""The `tokenprune` command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tokenprune_ext import __version__, cli_compare
+from tokenprune_ext import cli_values as values
+from tokenprune_ext.cli_values import FILE
+
+
+class _Group(click.Group):
+    """Keeps the command line, so that a report can say how it was made."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.obj = shlex.join(["tokenprune", *args])
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__)
+def main() -> None:
+    """Prune tokens of pretrained vision transformers and see what it costs and what it gains."""
+
+
+def _pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = (
+        click.option("--method", help="name[:option=value...]"),
+        click.option(
+            "--layers", type=values.Layers(), help="0-based blocks that prune, like 3,6,9.  [default: the method's]"
+        ),
+        click.option(
+            "--keep", type=values.Keep(), help="Ratio or count kept, one or one per layer: 0.7 or 150,110,80."
+        ),
+        click.option("--macs", type=click.FloatRange(0, 1, min_open=True), help="Share of the blocks' MACs to keep."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@values.model_options
+@_pruning_options
+@click.option("--schedule", type=FILE, help="Schedule file instead of --method.")
+def describe(model_name: str, img_size: int | None, method: str | None, schedule: Path | None, **how: Any) -> None:
+    """Tokens and MACs of every block, of the dense model or as it is pruned."""
+    if method is not None and schedule is not None:
+        raise click.UsageError("give --method or --schedule, not both")
+    if method is None and any(value is not None for value in how.values()):
+        raise click.UsageError("--layers, --keep and --macs need --method")
+    with values.explained():
+        from tokenprune_ext import prune
+        from tokenprune_ext.loading import load_model
+
+        pruning: Any = None
+        if method is not None:
+            pruning = values.parse_method(method)
+        elif schedule is not None:
+            pruning = values.load_schedule(schedule)
+        model = load_model(model_name, img_size=img_size)
+        with values.usage_error(TypeError, ValueError):
+            if pruning is not None:
+                prune.apply(model, pruning, **how)
+            click.echo(str(prune.describe(model)))
+
+
+@main.command()
+@values.model_options
+@_pruning_options
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Schedule file to write."
+)
+def schedule(model_name: str, img_size: int | None, method: str | None, output: Path, **how: Any) -> None:
+    """Write a schedule file: how many tokens each layer keeps."""
+    if method is None:
+        raise click.UsageError("Missing option '--method'.")
+    with values.explained():
+        from tokenprune_ext.loading import load_model
+        from tokenprune_ext.schedule import Schedule
+
+        pruning = values.parse_method(method)
+        model = load_model(model_name, img_size=img_size)
+        with values.usage_error(TypeError, ValueError, OSError):
+            built = Schedule.build(model, pruning, **how)
+            built.save(output)
+        kept = ", ".join(f"{count} at block {block}" for block, count in built.keep.items())
+        click.echo(f"wrote {output}: {built.method}, patch tokens kept: {kept}")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(as_json: bool) -> None:
+    """What is installed, built and found on this machine."""
+    from tokenprune_ext.info import collect
+
+    found = collect()
+    if as_json:
+        click.echo(json.dumps(found, indent=2, default=str))
+        return
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for key, value in found.items():
+        entries = value if isinstance(value, Mapping) else {"": value}
+        for number, (name, entry) in enumerate(entries.items()):
+            text = entry if isinstance(entry, str) else json.dumps(entry, default=str)
+            table.add_row(key if number == 0 else "", str(name), text)
+        table.add_section()
+    values.console().print(table)
+
+
+main.add_command(cli_compare.compare)
+main.add_command(cli_compare.demo)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""What the commands share: values of more than one word, options of every command, errors as messages."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_OUTSIDE_BRACKETS = r"(?![^(\[]*[)\]])"
+
+
+class Numbers(click.ParamType[tuple[float, ...]]):
+    """Comma-separated numbers; with `low` and `high`, each in (low, high]."""
+
+    def __init__(self, low: float | None = None, high: float | None = None) -> None:
+        self.low, self.high = low, high
+        self.name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no comma-separated list of numbers", param, ctx)
+        for number in numbers:
+            if (self.low is not None and not number > self.low) or (self.high is not None and not number <= self.high):
+                self.fail(f"{number:g} is not in ({self.low:g}, {self.high:g}]", param, ctx)
+        return numbers
+
+
+class Keep(click.ParamType[Any]):
+    """Keep ratios (numbers with a point) or counts of patch tokens (whole numbers), one or one per layer."""
+
+    name = "keep"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | list[int | float]:
+        if not isinstance(value, str):
+            return value
+        try:
+            numbers = [float(part) if "." in part else int(part) for part in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r}: expected ratios like 0.7 or counts like 120, separated by commas", param, ctx)
+        return numbers[0] if len(numbers) == 1 and isinstance(numbers[0], float) else numbers
+
+
+class Layers(click.ParamType[list[int]]):
+    """Comma-separated 0-based block indices."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        if not isinstance(value, str):
+            return value
+        if not re.fullmatch(r"\d+(,\d+)*", value):
+            self.fail(f"{value!r}: expected 0-based block indices like 3,6,9", param, ctx)
+        return [int(part) for part in value.split(",")]
+
+
+class Device(click.ParamType[Any]):
+    """cpu, cuda or cuda:N that is really there."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        import torch
+
+        found = torch.cuda.device_count()
+        match = re.fullmatch(r"cpu|cuda(?::(\d+))?", str(value))
+        if match is None:
+            self.fail(f"{value!r}: expected cpu, cuda or cuda:N", param, ctx)
+        if str(value) != "cpu" and int(match[1] or 0) >= found:
+            self.fail(f"{value!r}: torch {torch.__version__} sees {found} CUDA devices", param, ctx)
+        return torch.device(str(value))
+
+
+def parse_methods(text: str) -> dict[str, Any]:
+    """`Method` instances by their own text, from `name[:option=value...][,...]`.
+
+    Raises:
+        click.UsageError: unknown method, unknown option or a value it does not take.
+    """
+    return {part: parse_method(part) for part in (p.strip() for p in re.split("," + _OUTSIDE_BRACKETS, text)) if part}
+
+
+def parse_method(text: str) -> Any:
+    """One `Method` from `name[:option=value...]`; values are Python literals or plain words."""
+    from tokenprune_ext import methods
+
+    name, *settings = re.split(":" + _OUTSIDE_BRACKETS, text)
+    options: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise click.UsageError(f"method {text!r}: expected name:option=value, got {setting!r}")
+        options[key] = _literal(value)
+    with usage_error(TypeError, ValueError):
+        return methods.create(name, **options)
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option("--img-size", type=click.IntRange(1), help="Side of the input in pixels.")(command)
+    return click.option("--model", "model_name", required=True, help="Any timm model name.")(command)
+
+
+def load_schedule(path: Path) -> Any:
+    from tokenprune_ext.schedule import Schedule
+
+    with usage_error(ValueError):
+        return Schedule.load(path)
+
+
+@contextmanager
+def usage_error(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
+    """Report errors of these kinds as wrong usage (exit code 2), without a traceback."""
+    try:
+        yield
+    except kinds as error:
+        raise click.UsageError(f"{prefix}{error}") from error
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn the errors that have an explanation into messages: exit code 2 for wrong input, 1 for a failed run."""
+    import torch
+
+    from tokenprune_ext.compare import CompareError
+    from tokenprune_ext.data import DataError
+    from tokenprune_ext.evaluate import EvaluationError
+    from tokenprune_ext.loading import ModelError
+
+    try:
+        with usage_error(CompareError, DataError, ModelError):
+            yield
+    except EvaluationError as error:
+        raise click.ClickException(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise click.ClickException("out of memory on the device: use a smaller --batch-size") from error
+
+
+def console() -> Any:
+    """A console that does not squeeze tables when the output goes to a file."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
