@@ -174,7 +174,7 @@ def compare(
         settings={
             "images": len(images),
             "batch_size": batch_size,
-            "dtype": f"{str(dtype).removeprefix('torch.')} (weights and inputs cast, no autocast)",
+            "dtype": _dtype_text(dtype),
             "latency_budget_s": latency_budget_s,
             "methods": list(methods),
             "budgets": list(budgets),
@@ -221,6 +221,11 @@ def _variants(
     if len(variants) == 1:
         raise CompareError("nothing to compare: " + ("; ".join(notes) or "no method and no schedule given"))
     return variants, notes
+
+
+def _dtype_text(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return name if dtype == torch.float32 else f"{name} (weights and inputs cast, no autocast)"
 
 
 def _noise_note(dense: Latency) -> list[str]:

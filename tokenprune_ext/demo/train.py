@@ -52,7 +52,7 @@ class Options(NamedTuple):
     images: int = 12000
     window_steps: int = 5200
     decay_steps: int = 3200
-    full_steps: int = 400
+    full_steps: int = 1000
     batch: int = 32
     window: int = 7
     learning_rate: float = 3e-3
