@@ -262,8 +262,9 @@ def test_demo_compares_every_method(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").is_file()
 
 
-def test_help_and_version() -> None:
-    done = subprocess.run([sys.executable, "-m", "tokenprune_ext.cli", "--help"], capture_output=True, text=True)
+def test_help_and_version(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tokenprune_ext.cli", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)  # not the sources of a checkout
     assert done.returncode == 0
     assert all(command in done.stdout for command in ("compare", "demo", "describe", "schedule", "info"))
     assert run("--version").exit_code == 0
