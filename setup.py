@@ -20,17 +20,16 @@ class CMakeBuild(build_ext):
         package = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "tokenprune_ext"
         options = [f"-D{name}={os.environ[name]}" for name in OPTIONS if os.environ.get(name)]
         configure = [
-            *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            # --fresh: an earlier build has cached the paths of a build environment that is gone, and old options.
+            *("cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DTOKENPRUNE_VERSION={self.distribution.get_version()}",
             *options,
         ]
-        for command in (
-            configure,
-            ["cmake", "--build", str(build)],
-            ["cmake", "--install", str(build), "--prefix", str(package)],
-        ):
-            subprocess.run(command, check=True)
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+        for stale in package.glob("_*.so"):  # of an earlier build, perhaps with other options
+            stale.unlink()
+        subprocess.run(["cmake", "--install", str(build), "--prefix", str(package)], check=True)
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "tokenprune_ext"
