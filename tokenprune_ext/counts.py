@@ -21,7 +21,7 @@ def checked_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
     if not layers:
         raise ValueError("layers must name at least one block")
     for layer in layers:
-        check_int("layers", layer, 0)
+        check_integral("layers", layer, 0)
         if layer >= depth:
             raise ValueError(f"layers has {layer}, but the model has layers 0..{depth - 1}")
     if any(later <= earlier for earlier, later in pairwise(layers)):
@@ -106,8 +106,8 @@ def _check_ratio(name: str, value: Any) -> float:
     return ratio
 
 
-def check_int(name: str, value: Any, low: int) -> None:
-    """``value`` is an integer from ``low`` on."""
+def check_integral(name: str, value: Any, low: int) -> None:
+    """``value`` is an integer from ``low`` on; NumPy's integers are fine, as the caller converts them."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if int(value) < low:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from . import methods
-from .counts import check_int, checked_layers, counts_from_keep, counts_from_macs
+from .counts import check_integral, checked_layers, counts_from_keep, counts_from_macs
 from .methods import Method
 from .patch import Host, inspect_host
 
@@ -52,9 +52,9 @@ class Schedule:
         if not isinstance(self.input_size, list | tuple) or len(self.input_size) != 2:
             raise TypeError(f"input_size must be height and width, got {self.input_size!r}")
         for side in self.input_size:
-            check_int("input_size", side, 1)
-        check_int("num_prefix_tokens", self.num_prefix_tokens, 0)
-        check_int("num_patches", self.num_patches, 1)
+            check_integral("input_size", side, 1)
+        check_integral("num_prefix_tokens", self.num_prefix_tokens, 0)
+        check_integral("num_patches", self.num_patches, 1)
         if not isinstance(self.options, dict) or not isinstance(self.keep, dict):
             raise TypeError(f"options and keep must be mappings, got {self.options!r} and {self.keep!r}")
         method = self.build_method()
@@ -171,12 +171,12 @@ class Schedule:
 
 def _check_keep(keep: dict[int, int], num_patches: int, method: Method) -> None:
     for layer in keep:
-        check_int("keep layer", layer, 0)
+        check_integral("keep layer", layer, 0)
     if any(later <= earlier for earlier, later in pairwise(keep)):
         raise ValueError(f"keep must list its layers in ascending order, got {list(keep)}")
     entering = num_patches
     for layer, count in keep.items():
-        check_int(f"keep[{layer}]", count, 1)
+        check_integral(f"keep[{layer}]", count, 1)
         if count > entering:
             raise ValueError(f"keep[{layer}] is {count}, but only {entering} patch tokens enter layer {layer}")
         if count < min(method.min_keep, entering):

@@ -8,6 +8,7 @@ opcheck, gradients, compilation. What is special to one operator stands in its o
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,18 +90,18 @@ def error(result: Tensor, truth: Tensor) -> float:
     return (result[finite] - truth[finite]).abs().max().item() if finite.any() else 0.0
 
 
-class OpMatrix:
+class OpMatrix(ABC):
     """The checks every operator owes. Subclasses set ``op`` and define the methods below."""
 
     op: str
 
+    @abstractmethod
     def samples(self) -> Iterator[Sample]:
         """All shapes and options whose values are compared."""
-        raise NotImplementedError
 
+    @abstractmethod
     def small_sample(self) -> Sample:
         """One cheap call with a batch of 3 and every feature switched on."""
-        raise NotImplementedError
 
     def tensor_dtypes(self, dtype: torch.dtype, sample: Sample) -> list[torch.dtype]:
         """The dtype of each tensor argument when the matrix asks for ``dtype``."""

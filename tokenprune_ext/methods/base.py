@@ -106,26 +106,12 @@ def scaled_layers(boundaries: Sequence[int], depth: int) -> tuple[int, ...]:
     return tuple(sorted({boundary * depth // 12 for boundary in boundaries}))
 
 
-def check_option(name: str, value: object, allowed: Sequence[str]) -> None:
-    """An option that is one of several words."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
 def check_number(name: str, value: object, low: float, *, strict: bool = False) -> None:
     """An option that is a number from ``low`` on (above ``low`` when ``strict``)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(value) and (value > low if strict else value >= low)):
         raise ValueError(f"{name} must be {'above' if strict else 'at least'} {low}, got {value}")
-
-
-def check_count(name: str, value: object, low: int) -> None:
-    """An option that is an int from ``low`` on."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
 
 
 def _plain(value: Any) -> Any:

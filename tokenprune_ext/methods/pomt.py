@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tokenprune_ext import ops
+from tokenprune_ext.checks import check_choice
 from tokenprune_ext.patch.context import AttentionContext
 
-from .base import Method, check_option, register
+from .base import Method, register
 
 
 @register
@@ -35,8 +36,8 @@ class Pomt(Method):
     head_reduce: str = "max"
 
     def __post_init__(self) -> None:
-        check_option("feature", self.feature, ("v", "k", "q"))
-        check_option("head_reduce", self.head_reduce, ("max", "mean", "sum"))
+        check_choice("feature", self.feature, ("v", "k", "q"))
+        check_choice("head_reduce", self.head_reduce, ("max", "mean", "sum"))
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         """The block at a quarter of the depth: 3 of 12, 10 of 40."""

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokenprune_ext.checks import check_int
 from tokenprune_ext.patch.context import AttentionContext
 
-from .base import Method, check_count, register, scaled_layers
+from .base import Method, register, scaled_layers
 
 _MASK = 0xFFFFFFFF
 
@@ -31,7 +32,7 @@ class Random(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_count("seed", self.seed, 0)
+        check_int("seed", self.seed, 0)
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         """Blocks 3, 6 and 9 of 12."""

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from tokenprune_ext import ops
+from tokenprune_ext.checks import check_choice, check_int
 from tokenprune_ext.patch.context import AttentionContext
 from tokenprune_ext.patch.host import Host
 
-from .base import Method, check_count, check_number, check_option, register, scaled_layers
+from .base import Method, check_number, register, scaled_layers
 
 
 @register
@@ -44,11 +45,11 @@ class ZeroTPrune(Method):
     vmax: float = 0.7
 
     def __post_init__(self) -> None:
-        check_option("start", self.start, ("auto", "class", "uniform"))
+        check_choice("start", self.start, ("auto", "class", "uniform"))
         if not isinstance(self.iters, list | tuple) or len(self.iters) != 3:
             raise ValueError(f"iters must be three counts (first, middle, last blocks), got {self.iters!r}")
         for count in self.iters:
-            check_count("iters", count, 1)
+            check_int("iters", count, 1)
         object.__setattr__(self, "iters", tuple(self.iters))  # JSON has lists only
         check_number("tol", self.tol, 0)
         check_number("tau", self.tau, 0, strict=True)

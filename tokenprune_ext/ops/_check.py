@@ -33,19 +33,3 @@ def check_attention(attn: object) -> None:
         raise ValueError(f"attn must have shape [B, H, N, N] with equal last dimensions, got {list(attn.shape)}")
     if heads < 1 or rows < 1:
         raise ValueError(f"attn must have at least one head and one token, got shape {list(attn.shape)}")
-
-
-def check_int(name: str, value: object, low: int, high: int | None = None, why: str = "") -> None:
-    """``value`` is an int with ``low <= value <= high``; ``why`` explains the upper bound."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
-    if high is not None and value > high:
-        raise ValueError(f"{name} must be at most {high}{f' ({why})' if why else ''}, got {value}")
-
-
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

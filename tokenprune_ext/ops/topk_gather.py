@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._check import accumulate_dtype, check_choice, check_floating, check_int
+from tokenprune_ext.checks import check_choice, check_int
+
+from ._check import accumulate_dtype, check_floating
 from ._define import define
 
 FUSE = ("none", "mean", "weighted")
