@@ -7,7 +7,24 @@
 
 #include "../stable.h"
 
+// Where an operator's kernel is registered: on the host, kernels run on CPU tensors as operators of their own
+// namespace.
+#ifdef TOKENPRUNE_SIMT
+#define TOKENPRUNE_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(tokenprune_simt, CPU, m)
+#else
+#define TOKENPRUNE_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(tokenprune, CUDA, m)
+#endif
+
 namespace tokenprune {
+
+#ifdef TOKENPRUNE_SIMT
+
+struct CudaScope {
+  explicit CudaScope(const Tensor&) {}
+  cudaStream_t stream = nullptr;
+};
+
+#else
 
 // For its lifetime the tensor's device is the current one; `stream` is torch's current stream there.
 class CudaScope {
@@ -23,6 +40,8 @@ class CudaScope {
  private:
   torch::stable::accelerator::DeviceGuard guard_;
 };
+
+#endif
 
 // torch's 16-bit types have the layout of CUDA's.
 template <typename scalar_t>

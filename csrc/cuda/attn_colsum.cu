@@ -22,4 +22,4 @@ Tensor attn_colsum_cuda(Tensor attn, std::string head_reduce, std::string query_
 }  // namespace
 }  // namespace tokenprune
 
-STABLE_TORCH_LIBRARY_IMPL(tokenprune, CUDA, m) { m.impl("attn_colsum", TORCH_BOX(&tokenprune::attn_colsum_cuda)); }
+TOKENPRUNE_CUDA_IMPL(m) { m.impl("attn_colsum", TORCH_BOX(&tokenprune::attn_colsum_cuda)); }

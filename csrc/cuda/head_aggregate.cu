@@ -21,6 +21,4 @@ Tensor head_aggregate_cuda(Tensor scores, double vmin, double vmax, int64_t num_
 }  // namespace
 }  // namespace tokenprune
 
-STABLE_TORCH_LIBRARY_IMPL(tokenprune, CUDA, m) {
-  m.impl("head_aggregate", TORCH_BOX(&tokenprune::head_aggregate_cuda));
-}
+TOKENPRUNE_CUDA_IMPL(m) { m.impl("head_aggregate", TORCH_BOX(&tokenprune::head_aggregate_cuda)); }

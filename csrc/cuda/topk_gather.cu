@@ -45,4 +45,4 @@ std::tuple<Tensor, Tensor> topk_gather_cuda(Tensor x, Tensor scores, int64_t kee
 }  // namespace
 }  // namespace tokenprune
 
-STABLE_TORCH_LIBRARY_IMPL(tokenprune, CUDA, m) { m.impl("topk_gather", TORCH_BOX(&tokenprune::topk_gather_cuda)); }
+TOKENPRUNE_CUDA_IMPL(m) { m.impl("topk_gather", TORCH_BOX(&tokenprune::topk_gather_cuda)); }

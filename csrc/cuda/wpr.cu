@@ -31,4 +31,4 @@ Tensor wpr_cuda(Tensor attn, std::optional<Tensor> start, int64_t max_iters, dou
 }  // namespace
 }  // namespace tokenprune
 
-STABLE_TORCH_LIBRARY_IMPL(tokenprune, CUDA, m) { m.impl("wpr", TORCH_BOX(&tokenprune::wpr_cuda)); }
+TOKENPRUNE_CUDA_IMPL(m) { m.impl("wpr", TORCH_BOX(&tokenprune::wpr_cuda)); }

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from ops import simt
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -25,9 +26,14 @@ PREFIXES = (0, 1, 2, 5)
 
 @dataclass(frozen=True)
 class Backend:
-    """Where an operator runs: its plain-torch reference, its CPU kernel or its CUDA kernel."""
+    """Where an operator runs: its plain-torch reference, its CPU kernel, its CUDA kernels on a GPU or on the host."""
 
     name: str
+    architecture: str = ""
+
+    @property
+    def is_simt(self) -> bool:
+        return self.name == "simt"
 
     @property
     def device(self) -> str:
@@ -36,6 +42,8 @@ class Backend:
     def run(self, op: str, *args: Any) -> tuple[Tensor, ...]:
         if self.name == "reference":
             result = reference(op)(*args)
+        elif self.is_simt:
+            result = simt.run(op, self.architecture, *args)
         else:
             key = self.name.upper()
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tokenprune::{op}", key), f"no {key} kernel of {op}"
@@ -43,16 +51,24 @@ class Backend:
         return result if isinstance(result, tuple) else (result,)
 
 
+def on_host(architecture: str) -> Any:
+    """The CUDA kernels on the host, as a test parameter."""
+    reason = "no CUDA toolkit: CUDA kernels not run on the host"
+    marks = [pytest.mark.simt, pytest.mark.skipif(not simt.available, reason=reason)]
+    return pytest.param(Backend("simt", architecture), marks=marks, id=f"simt-{architecture}")
+
+
 BACKENDS = [
-    Backend("reference"),
-    Backend("cpu"),
+    pytest.param(Backend("reference"), id="reference"),
+    pytest.param(Backend("cpu"), id="cpu"),
     pytest.param(
-        Backend("cuda"), marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA kernels not run")
+        Backend("cuda"),
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA kernels not run on one"),
+        id="cuda",
     ),
+    on_host("sm_80"),
 ]
-each_backend = pytest.mark.parametrize(
-    "backend", BACKENDS, ids=lambda backend: backend.name if isinstance(backend, Backend) else None
-)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def reference(op: str) -> Callable[..., Any]:
@@ -66,6 +82,7 @@ class Sample:
     tensors: tuple[Tensor | None, ...]
     options: tuple[Any, ...]
     name: str = field(default="")
+    simt: bool = True  # False: would take too long on the host, and covers nothing there that the others do not
 
 
 def cast(tensor: Tensor | None, backend: Backend, dtype: torch.dtype) -> Tensor | None:
@@ -116,9 +133,19 @@ class OpMatrix(ABC):
     @each_backend
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_values(self, backend: Backend, dtype: torch.dtype) -> None:
+        self.compare_values(backend, dtype)
+
+    @pytest.mark.parametrize("backend", [on_host("sm_87"), on_host("sm_90")])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    def test_values_on_other_architectures(self, backend: Backend, dtype: torch.dtype) -> None:
+        self.compare_values(backend, dtype)
+
+    def compare_values(self, backend: Backend, dtype: torch.dtype) -> None:
         """Error against float64 at most twice that of plain torch in the same dtype, plus its rounding noise."""
         count = 0
         for sample in self.samples():
+            if backend.is_simt and not sample.simt:
+                continue
             args = self.arguments(sample, backend, dtype)
             wide = tuple(arg.double().cpu() if isinstance(arg, Tensor) else arg for arg in args)
             host = tuple(arg.cpu() if isinstance(arg, Tensor) else arg for arg in args)

@@ -22,7 +22,9 @@ class TestAttnColsum(OpMatrix):
             prefixes = [p for p in PREFIXES if p <= tokens] if tokens <= 64 else [5]
             for reduce, rows, prefix in itertools.product(REDUCE, ROWS if tokens <= 257 else ["patch"], prefixes):
                 if rows != "cls" or prefix > 0:
-                    yield Sample((attn,), (reduce, rows, prefix), f"N={tokens} {reduce} {rows} p={prefix}")
+                    name = f"N={tokens} {reduce} {rows} p={prefix}"
+                    simt = tokens < 64 or (tokens <= 257 and prefix == 5)
+                    yield Sample((attn,), (reduce, rows, prefix), name, simt)
         for batch in BATCHES:
             yield Sample((attention(batch, 1, 17),), ("max", "patch", 1), f"B={batch} H=1")
         for value, reduce in itertools.product((float("nan"), float("inf")), REDUCE):

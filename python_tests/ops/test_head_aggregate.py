@@ -25,9 +25,9 @@ class TestHeadAggregate(OpMatrix):
             for prefix in PREFIXES:
                 if prefix < tokens:
                     for heads in (1, 6, 16):
-                        yield Sample(
-                            (scores(3, heads, tokens),), (0.01, 0.7, prefix), f"N={tokens} H={heads} p={prefix}"
-                        )
+                        name = f"N={tokens} H={heads} p={prefix}"
+                        simt = heads < 16 or tokens == 257
+                        yield Sample((scores(3, heads, tokens),), (0.01, 0.7, prefix), name, simt)
         for batch in BATCHES:
             yield Sample((scores(batch, 3, 17),), (0.0, 100.0, 1), f"B={batch}")
         yield Sample((scores(2, 3, 17),), (50.0, 60.0, 1), "no head passes")

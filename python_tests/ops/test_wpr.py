@@ -29,7 +29,9 @@ class TestWpr(OpMatrix):
             for start in starts if tokens <= 577 else starts[1:2]:
                 for iters in (0, 1, 5, 30) if tokens <= 257 else (5,):
                     shape = "none" if start is None else list(start.shape)
-                    yield Sample((attn, start), (iters, 0.0), f"N={tokens} start={shape} iters={iters}")
+                    name = f"N={tokens} start={shape} iters={iters}"
+                    simt = tokens <= 17 or (tokens in (64, 197, 257) and iters == 1 and start is each)
+                    yield Sample((attn, start), (iters, 0.0), name, simt)
         for batch in BATCHES:
             yield Sample((attention(batch, 2, 17), None), (3, 0.0), f"B={batch}")
         for value in (float("nan"), float("inf")):
@@ -54,7 +56,7 @@ def iterate(attn: Tensor, s: Tensor, max_iters: int, tol: float) -> tuple[Tensor
 
 
 @each_backend
-@pytest.mark.parametrize("tokens", [17, 197, 577])
+@pytest.mark.parametrize("tokens", [17, 197])
 def test_every_head_stops_on_its_own(backend: Backend, tokens: int) -> None:
     """Heads that mix fast stop early, slow ones go on: each equals its own sequence at its own last iteration."""
     tol = 1e-3

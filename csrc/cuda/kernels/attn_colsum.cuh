@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../../ops/attn_colsum_params.h"
-#include "device.cuh"
+#include "common.cuh"
 
 namespace tokenprune {
 namespace attn_colsum {
@@ -23,7 +23,7 @@ template <typename value_t, typename acc_t, bool kMax>
 __global__ void __launch_bounds__(kThreads) kernel(AttnColsumParams params, int tiles,
                                                    const value_t* attn,  // [batch, heads, n, n]
                                                    acc_t* out) {         // [batch, n]
-  __shared__ acc_t partial[kWarps * kColumns];
+  TOKENPRUNE_SHARED(acc_t, partial, kWarps * kColumns);
   const int64_t n = params.tokens;
   const int64_t image = blockIdx.x / tiles;
   const int64_t tile = static_cast<int64_t>(blockIdx.x % tiles) * kColumns;
@@ -64,9 +64,8 @@ cudaError_t launch_attn_colsum(const AttnColsumParams& params, const value_t* at
   const int64_t tiles = ceil_div<int64_t>(params.tokens, attn_colsum::kColumns);
   auto* kernel = params.head_reduce == HeadReduce::kMax ? attn_colsum::kernel<value_t, acc_t, true>
                                                         : attn_colsum::kernel<value_t, acc_t, false>;
-  kernel<<<static_cast<unsigned>(params.batch * tiles), attn_colsum::kThreads, 0, stream>>>(
-      params, static_cast<int>(tiles), attn, out);
-  return cudaGetLastError();
+  return launch(kernel, static_cast<unsigned>(params.batch * tiles), attn_colsum::kThreads, 0, stream, params,
+                static_cast<int>(tiles), attn, out);
 }
 
 }  // namespace tokenprune

@@ -1,5 +1,11 @@
-// What the kernels share: conversions, reductions over a block, sizes. No torch.
+// All that a kernel asks of the machine and plain C++ cannot say: shared memory, launches, asynchronous copies, tensor
+// cores. Kernels are also compiled for the host, where csrc/simt/device.h stands in for this file and a test runs them
+// thread by thread.
 #pragma once
+
+#ifdef TOKENPRUNE_SIMT
+#include "../../simt/device.h"
+#else
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -7,70 +13,107 @@
 
 #include <cstdint>
 
+// An array of the block: TOKENPRUNE_SHARED(float, sums, 32);
+#define TOKENPRUNE_SHARED(type, name, count) __shared__ type name[count]
+
 namespace tokenprune {
 
-constexpr int kWarpSize = 32;
-
-// A block may use this much shared memory without asking the device for more.
-constexpr int64_t kDefaultSharedBytes = 48 * 1024;
-
-template <typename T>
-constexpr T ceil_div(T a, T b) {
-  return (a + b - 1) / b;
+// The bytes of shared memory that the launch asked for.
+__device__ inline unsigned char* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char bytes[];
+  return bytes;
 }
 
-template <typename acc_t>
-__device__ inline acc_t to_acc(float value) {
-  return value;
+// ---- Asynchronous copies: device memory to shared memory, not through registers ----
+// 16 bytes, both addresses aligned to 16; zeros when not `valid` (then `from` is not read).
+__device__ inline void cp_async_16(void* to, const void* from, bool valid) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
 }
-template <typename acc_t>
-__device__ inline acc_t to_acc(double value) {
-  return value;
-}
-template <typename acc_t>
-__device__ inline acc_t to_acc(__half value) {
-  return __half2float(value);
-}
-template <typename acc_t>
-__device__ inline acc_t to_acc(__nv_bfloat16 value) {
-  return __bfloat162float(value);
+// The copies since the last commit become a group of this thread.
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+// Until at most kLeft of this thread's groups are on their way. The copies of other threads need a barrier on top.
+template <int kLeft>
+__device__ inline void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kLeft) : "memory");
 }
 
-template <typename value_t, typename acc_t>
-__device__ inline value_t from_acc(acc_t value) {
-  return static_cast<value_t>(value);
+// ---- Tensor cores: a warp together (PTX ISA, "Matrix fragments for mma") ----
+// With g = lane / 4 and t = lane % 4, pairs of 16-bit numbers in a register, lower column or row in the lower half:
+//   A [16, 16]  a[0] (g, 2t..)  a[1] (g + 8, 2t..)  a[2] (g, 2t + 8..)  a[3] (g + 8, 2t + 8..)
+//   B [16, 8]   b[0] (2t.., g)  b[1] (2t + 8.., g)
+//   D [16, 8]   d[0], d[1] (g, 2t..)  d[2], d[3] (g + 8, 2t..)
+template <typename value_t>
+__device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+__device__ inline void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ inline void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Sum over the block in a fixed order, so that two runs give the same bits; every thread gets it. `scratch` holds one
-// value a warp. Contains barriers: all threads of the block take part.
-template <int kThreads, typename acc_t>
-__device__ inline acc_t block_sum(acc_t value, acc_t* scratch) {
-  constexpr int kWarps = kThreads / kWarpSize;
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = value;
-  __syncthreads();
-  acc_t total = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) total += scratch[w];
-  __syncthreads();  // scratch may be written again
-  return total;
+// The same for tf32, a number a register: A [16, 8] a[0] (g, t) a[1] (g + 8, t) a[2] (g, t + 4) a[3] (g + 8, t + 4);
+// B [8, 8] b[0] (t, g) b[1] (t + 4, g); D as above.
+__device__ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ inline uint32_t to_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(value));
+  return bits;
 }
 
-// Column sums of what each warp has accumulated: warp w's sum of column c is partial[w * kColumns + c].
-template <int kWarps, int kColumns, typename acc_t>
-__device__ inline acc_t column_total(const acc_t* partial, int column) {
-  acc_t total = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) total += partial[w * kColumns + column];
-  return total;
+// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane l brings the address of row l % 8 of matrix l / 8,
+// aligned to 16 bytes, and gets columns 2t, 2t + 1 of row g of each.
+__device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
 }
 
-// Lets `kernel` use `bytes` of dynamic shared memory. Needed above kDefaultSharedBytes.
-template <typename Kernel>
-cudaError_t allow_shared_bytes(Kernel* kernel, int64_t bytes) {
-  if (bytes <= kDefaultSharedBytes) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+// 2^x, about two units in the last place; results below 2^-126 become 0.
+__device__ inline float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// ---- Launches ----
+// Asks for `shared_bytes` of shared memory, which may be more than the 48 KiB that need no asking.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, cudaStream_t stream,
+                   Arguments... arguments) {
+  constexpr int64_t kWithoutAsking = 48 * 1024;
+  if (shared_bytes > kWithoutAsking) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
 }  // namespace tokenprune
+
+#endif

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../../ops/topk_gather_params.h"
-#include "device.cuh"
+#include "common.cuh"
 
 namespace tokenprune {
 namespace gather {
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) fuse_kernel(TopkGatherParams params,
                                                         const acc_t* weights,    // [batch, tokens], or null: ones
                                                         const int32_t* dropped,  // [batch, dropped]
                                                         value_t* out) {          // [batch, tokens_out, channels]
-  __shared__ acc_t partial[kWarps * kChannels];
+  TOKENPRUNE_SHARED(acc_t, partial, kWarps * kChannels);
   const int64_t image = blockIdx.x / tiles;
   const int64_t tile = static_cast<int64_t>(blockIdx.x % tiles) * kChannels;
   const int warp = threadIdx.x / kWarpSize;
@@ -69,10 +69,9 @@ template <typename unit_t>
 cudaError_t launch_copy(const TopkGatherParams& params, int64_t row_bytes, const void* x, const int64_t* kept,
                         void* out, cudaStream_t stream) {
   const int64_t rows = params.batch * (params.num_prefix + params.keep);
-  copy_kernel<unit_t><<<static_cast<unsigned>(ceil_div<int64_t>(rows, kWarps)), kThreads, 0, stream>>>(
-      params, row_bytes / static_cast<int64_t>(sizeof(unit_t)), static_cast<const unit_t*>(x), kept,
-      static_cast<unit_t*>(out));
-  return cudaGetLastError();
+  return launch(copy_kernel<unit_t>, static_cast<unsigned>(ceil_div<int64_t>(rows, kWarps)), kThreads, 0, stream,
+                params, row_bytes / static_cast<int64_t>(sizeof(unit_t)), static_cast<const unit_t*>(x), kept,
+                static_cast<unit_t*>(out));
 }
 
 }  // namespace gather
@@ -97,10 +96,8 @@ cudaError_t launch_fuse(const TopkGatherParams& params, const value_t* x, const 
   if (params.batch == 0 || params.channels == 0 || !params.has_fused()) return cudaSuccess;
   const int64_t tiles = ceil_div<int64_t>(params.channels, gather::kChannels);
   const acc_t divisor = params.fuse == Fuse::kMean ? static_cast<acc_t>(params.dropped()) : acc_t(1);
-  auto* kernel = gather::fuse_kernel<value_t, acc_t>;
-  kernel<<<static_cast<unsigned>(params.batch * tiles), gather::kThreads, 0, stream>>>(
-      params, static_cast<int>(tiles), divisor, x, weights, dropped, out);
-  return cudaGetLastError();
+  return launch(gather::fuse_kernel<value_t, acc_t>, static_cast<unsigned>(params.batch * tiles), gather::kThreads, 0,
+                stream, params, static_cast<int>(tiles), divisor, x, weights, dropped, out);
 }
 
 }  // namespace tokenprune

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../../ops/head_aggregate_params.h"
-#include "device.cuh"
+#include "common.cuh"
 
 namespace tokenprune {
 namespace head_aggregate {
@@ -28,8 +28,8 @@ template <typename value_t, typename acc_t>
 __global__ void __launch_bounds__(kThreads) kernel(HeadAggregateParams params,
                                                    const value_t* scores,  // [batch, heads, n]
                                                    acc_t* out) {           // [batch, n]
-  extern __shared__ unsigned char keep[];                                  // [heads]
-  __shared__ acc_t scratch[kWarps];
+  unsigned char* keep = dynamic_shared();                                  // [heads]
+  TOKENPRUNE_SHARED(acc_t, scratch, kWarps);
   const int64_t n = params.tokens;
   const int64_t patches = n - params.num_prefix;
   scores += blockIdx.x * params.heads * n + params.num_prefix;
@@ -63,9 +63,8 @@ template <typename value_t, typename acc_t>
 cudaError_t launch_head_aggregate(const HeadAggregateParams& params, const value_t* scores, acc_t* out,
                                   cudaStream_t stream) {
   if (params.batch == 0) return cudaSuccess;
-  auto* kernel = head_aggregate::kernel<value_t, acc_t>;
-  kernel<<<static_cast<unsigned>(params.batch), head_aggregate::kThreads, params.heads, stream>>>(params, scores, out);
-  return cudaGetLastError();
+  return launch(head_aggregate::kernel<value_t, acc_t>, static_cast<unsigned>(params.batch), head_aggregate::kThreads,
+                params.heads, stream, params, scores, out);
 }
 
 }  // namespace tokenprune

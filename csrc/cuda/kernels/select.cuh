@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../../ops/topk_gather_params.h"
-#include "device.cuh"
+#include "common.cuh"
 
 namespace tokenprune {
 namespace select {
@@ -55,8 +55,8 @@ struct Threshold {
 template <typename score_t>
 __device__ auto find_threshold(const score_t* scores, int64_t n, int64_t keep, int* buckets) {
   using key_t = decltype(order_key(score_t{}));
-  __shared__ int chosen;
-  __shared__ int64_t above;
+  TOKENPRUNE_SHARED(int, chosen, 1);
+  TOKENPRUNE_SHARED(int64_t, above, 1);
   key_t prefix = 0;
   key_t mask = 0;
   int64_t wanted = keep;
@@ -72,13 +72,13 @@ __device__ auto find_threshold(const score_t* scores, int64_t n, int64_t keep, i
       int64_t count = 0;
       int bucket = kBuckets - 1;
       while (count + buckets[bucket] < wanted) count += buckets[bucket--];
-      chosen = bucket;
-      above = count;
+      *chosen = bucket;
+      *above = count;
     }
     __syncthreads();
-    prefix |= static_cast<key_t>(chosen) << shift;
+    prefix |= static_cast<key_t>(*chosen) << shift;
     mask |= static_cast<key_t>(kBuckets - 1) << shift;
-    wanted -= above;
+    wanted -= *above;
     __syncthreads();  // chosen and above may be written again
   }
   return Threshold<key_t>{prefix, wanted};
@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(kThreads) kernel(TopkGatherParams params,
                                                    const score_t* scores,  // [batch, tokens]
                                                    int64_t* kept,          // [batch, keep]
                                                    int32_t* dropped) {     // [batch, dropped]
-  __shared__ int buckets[kBuckets];
-  __shared__ int warp_counts[kWarps];
+  TOKENPRUNE_SHARED(int, buckets, kBuckets);
+  TOKENPRUNE_SHARED(int, warp_counts, kWarps);
   const int64_t n = params.tokens - params.num_prefix;
   scores += blockIdx.x * params.tokens + params.num_prefix;
   kept += blockIdx.x * params.keep;
@@ -125,9 +125,8 @@ template <typename score_t>
 cudaError_t launch_select(const TopkGatherParams& params, const score_t* scores, int64_t* kept, int32_t* dropped,
                           cudaStream_t stream) {
   if (params.batch == 0) return cudaSuccess;
-  auto* kernel = select::kernel<score_t>;
-  kernel<<<static_cast<unsigned>(params.batch), select::kThreads, 0, stream>>>(params, scores, kept, dropped);
-  return cudaGetLastError();
+  return launch(select::kernel<score_t>, static_cast<unsigned>(params.batch), select::kThreads, 0, stream, params,
+                scores, kept, dropped);
 }
 
 }  // namespace tokenprune

@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "../../ops/wpr_params.h"
-#include "device.cuh"
+#include "common.cuh"
 
 namespace tokenprune {
 namespace wpr {
@@ -68,13 +68,12 @@ __global__ void __launch_bounds__(kThreads) kernel(WprParams params,
                                                    const acc_t* start,   // [n], [matrices, n] or null: ones
                                                    acc_t* workspace,     // [matrices, n]; unused when staged
                                                    acc_t* out) {         // [matrices, n]
-  extern __shared__ __align__(16) unsigned char shared[];
   const int n = static_cast<int>(params.tokens);
   const int64_t matrix = blockIdx.x;
   attn += matrix * n * n;
   out += matrix * n;
 
-  acc_t* partial = reinterpret_cast<acc_t*>(shared);
+  acc_t* partial = reinterpret_cast<acc_t*>(dynamic_shared());
   acc_t* warp_sums = partial + kWarps * kColumns;
   acc_t* s = out;
   acc_t* next = workspace + matrix * n;
@@ -124,10 +123,8 @@ cudaError_t launch_wpr(const WprParams& params, bool fits, const value_t* attn, 
     bytes += wpr::staged_scores_bytes<acc_t>(params.tokens) +
              params.tokens * params.tokens * static_cast<int64_t>(sizeof(value_t));
   }
-  const cudaError_t error = allow_shared_bytes(kernel, bytes);
-  if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(params.matrices), wpr::kThreads, bytes, stream>>>(params, attn, start, workspace, out);
-  return cudaGetLastError();
+  return launch(kernel, static_cast<unsigned>(params.matrices), wpr::kThreads, bytes, stream, params, attn, start,
+                workspace, out);
 }
 
 }  // namespace tokenprune

@@ -1,0 +1,64 @@
+// The calls of the CUDA runtime that the launchers make, answered for one of the devices the wheel has code for.
+#include <cuda_runtime_api.h>
+
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "executor.h"
+
+namespace {
+
+using Attributes = std::map<cudaDeviceAttr, int>;
+
+// CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and the devices' data sheets.
+Attributes device(int major, int minor, int multiprocessors, int shared_per_block, int shared_per_multiprocessor,
+                  int threads_per_multiprocessor) {
+  return {{cudaDevAttrComputeCapabilityMajor, major},
+          {cudaDevAttrComputeCapabilityMinor, minor},
+          {cudaDevAttrMultiProcessorCount, multiprocessors},
+          {cudaDevAttrMaxSharedMemoryPerBlock, 48 * 1024},
+          {cudaDevAttrMaxSharedMemoryPerBlockOptin, shared_per_block * 1024},
+          {cudaDevAttrMaxSharedMemoryPerMultiprocessor, shared_per_multiprocessor * 1024},
+          {cudaDevAttrMaxThreadsPerMultiProcessor, threads_per_multiprocessor}};
+}
+
+const std::map<std::string, Attributes> kDevices = {
+    {"sm_80", device(8, 0, 108, 163, 164, 2048)},  // A100
+    {"sm_87", device(8, 7, 16, 163, 164, 1536)},   // Jetson AGX Orin
+    {"sm_90", device(9, 0, 132, 227, 228, 2048)},  // H100, H200
+};
+const Attributes* present = &kDevices.at("sm_80");
+
+}  // namespace
+
+extern "C" {
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = present->at(attribute);  // out_of_range: add the attribute above
+  return cudaSuccess;
+}
+
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "error of the simulated device";
+}
+
+// For the tests: which device there is, and in which order threads run. Returns 0, or 1 for unknown names.
+__attribute__((visibility("default"))) int tokenprune_simt_configure(const char* device, const char* order,
+                                                                     unsigned seed) {
+  const auto found = kDevices.find(device);
+  if (found == kDevices.end()) return 1;
+  present = &found->second;
+  try {
+    simt::set_order(order, seed);
+  } catch (const std::runtime_error&) {
+    return 1;
+  }
+  return 0;
+}
+}
