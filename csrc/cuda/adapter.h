@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "../stable.h"
 
 // Where an operator's kernel is registered: on the host, kernels run on CPU tensors as operators of their own
@@ -60,6 +62,15 @@ struct CudaType<torch::headeronly::BFloat16> {
 template <typename scalar_t>
 typename CudaType<scalar_t>::type* cuda_ptr(const Tensor& tensor) {
   return static_cast<typename CudaType<scalar_t>::type*>(tensor.data_ptr());
+}
+
+// Calls `run` with std::true_type where float products may use tf32, and with std::false_type for every other dtype.
+template <typename scalar_t, typename Run>
+void with_tf32(bool allow, const Run& run) {
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    if (allow) return run(std::true_type());
+  }
+  run(std::false_type());
 }
 
 inline void check_cuda(cudaError_t error, const char* op) {

@@ -8,14 +8,10 @@
 
 namespace tokenprune {
 
-inline AttnColsumParams check_attn_colsum(const Tensor& attn,  // [B, H, N, N]
-                                          const std::string& head_reduce, const std::string& query_rows,
-                                          int64_t num_prefix) {
-  STD_TORCH_CHECK(attn.dim() == 4 && attn.size(2) == attn.size(3), "attn must have shape [B, H, N, N]");
-  STD_TORCH_CHECK(attn.size(1) > 0 && attn.size(2) > 0, "attn must have at least one head and one token");
-  const int64_t tokens = attn.size(2);
+inline AttnColsumParams attn_colsum_params(int64_t batch, int64_t heads, int64_t tokens, const std::string& head_reduce,
+                                           const std::string& query_rows, int64_t num_prefix) {
   STD_TORCH_CHECK(0 <= num_prefix && num_prefix <= tokens, "num_prefix must be in 0..", tokens, ", got ", num_prefix);
-  AttnColsumParams params{attn.size(0), attn.size(1), tokens, 0, tokens, num_prefix, HeadReduce::kMean};
+  AttnColsumParams params{batch, heads, tokens, 0, tokens, num_prefix, HeadReduce::kMean};
   if (query_rows == "patch") {
     params.row_begin = num_prefix;
   } else if (query_rows == "cls") {
@@ -32,6 +28,14 @@ inline AttnColsumParams check_attn_colsum(const Tensor& attn,  // [B, H, N, N]
     STD_TORCH_CHECK(head_reduce == "mean", "head_reduce must be one of mean, max, sum, got '", head_reduce, "'");
   }
   return params;
+}
+
+inline AttnColsumParams check_attn_colsum(const Tensor& attn,  // [B, H, N, N]
+                                          const std::string& head_reduce, const std::string& query_rows,
+                                          int64_t num_prefix) {
+  STD_TORCH_CHECK(attn.dim() == 4 && attn.size(2) == attn.size(3), "attn must have shape [B, H, N, N]");
+  STD_TORCH_CHECK(attn.size(1) > 0 && attn.size(2) > 0, "attn must have at least one head and one token");
+  return attn_colsum_params(attn.size(0), attn.size(1), attn.size(2), head_reduce, query_rows, num_prefix);
 }
 
 }  // namespace tokenprune

@@ -129,6 +129,13 @@ class OpMatrix(ABC):
         tensors = [cast(tensor, backend, kind) for tensor, kind in zip(sample.tensors, dtypes, strict=True)]
         return (*tensors, *sample.options)
 
+    def rounding(self, backend: Backend, dtype: torch.dtype, result_dtype: torch.dtype) -> float:
+        """Allowed error beside that of plain torch, relative to the largest value: some last places of the result.
+
+        In float64 the truth itself has rounding, and plain torch shows no error.
+        """
+        return (32 if result_dtype == torch.float64 else 8) * torch.finfo(result_dtype).eps
+
     # ---- Values ----------------------------------------------------------------------------------------------------
     @each_backend
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -158,8 +165,7 @@ class OpMatrix(ABC):
                     continue
                 finite = truth[truth.isfinite()]
                 scale = finite.abs().max().item() if finite.numel() else 0.0
-                # In float64 the truth itself has rounding, and the first term is 0.
-                noise = (32 if result.dtype == torch.float64 else 8) * torch.finfo(result.dtype).eps * scale
+                noise = self.rounding(backend, dtype, result.dtype) * scale
                 allowed = 2 * error(same, truth) + noise
                 assert error(result, truth) <= allowed, f"{sample.name}: {error(result, truth)} > {allowed}"
             count += 1
@@ -225,14 +231,12 @@ class OpMatrix(ABC):
     def test_gradcheck(self, device: str) -> None:
         args = self.arguments(self.small_sample(), Backend(device), torch.float64)
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        options = [arg for arg in args if not isinstance(arg, Tensor)]
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
             given = iter(inputs)
-            results = Backend(device).run(self.op, *[next(given) if a is not None else None for a in order], *options)
+            results = Backend(device).run(self.op, *[next(given) if isinstance(arg, Tensor) else arg for arg in args])
             return tuple(result for result in results if result.is_floating_point())
 
-        order = [arg if isinstance(arg, Tensor) else None for arg in args[: len(self.small_sample().tensors)]]
         assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in tensors])
 
     def test_compiles_without_a_graph_break(self, device: str) -> None:
@@ -264,6 +268,16 @@ def attention(batch: int, heads: int, tokens: int, seed: int = 0, sharpness: flo
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(batch, heads, tokens, tokens, generator=generator, dtype=torch.float64)
     return (sharpness * logits).softmax(-1)
+
+
+def queries_and_keys(
+    batch: int, heads: int, tokens: int, channels: int, seed: int = 0, sharpness: float = 2.0
+) -> tuple[Tensor, Tensor]:
+    """Random queries and keys ``[batch, heads, tokens, channels]`` whose logits have deviation ``sharpness``."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, heads, tokens, channels)
+    q, k = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return q * sharpness**0.5, k * sharpness**0.5
 
 
 def sizes(tokens: int) -> tuple[int, int]:

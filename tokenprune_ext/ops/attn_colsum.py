@@ -52,25 +52,34 @@ def _fake(attn: Tensor, head_reduce: str = "mean", query_rows: str = "all", num_
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     attn, ctx.head_reduce, ctx.query_rows, ctx.num_prefix = inputs
     # Only the maximum has a gradient that depends on the input.
-    ctx.shape, ctx.dtype = attn.shape, attn.dtype
+    ctx.heads, ctx.dtype = attn.shape[1], attn.dtype
     ctx.save_for_backward(attn if ctx.head_reduce == "max" else None)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    batch, heads, tokens, _ = ctx.shape
-    share = torch.where(torch.arange(tokens, device=grad.device) < ctx.num_prefix, 0.0, grad)[:, None, None, :]
-    if ctx.head_reduce == "max":
-        (attn,) = ctx.saved_tensors
-        rows = _rows(attn, ctx.query_rows, ctx.num_prefix)
+def attn_colsum_gradient(
+    attn: Tensor | None, grad: Tensor, head_reduce: str, query_rows: str, num_prefix: int, heads: int
+) -> Tensor:
+    """Gradient of the attention matrix ``[B, H, N, N]``; ``attn`` is needed for ``max`` only."""
+    batch, tokens = grad.shape
+    share = torch.where(torch.arange(tokens, device=grad.device) < num_prefix, 0.0, grad)[:, None, None, :]
+    if head_reduce == "max":
+        assert attn is not None
+        rows = _rows(attn, query_rows, num_prefix)
         is_max = (rows == rows.amax(1, keepdim=True)).to(grad.dtype)
         grad_rows = share * is_max / is_max.sum(1, keepdim=True)  # equal maxima share the gradient, as in torch.amax
     else:
-        count = {"all": tokens, "patch": tokens - ctx.num_prefix, "cls": 1}[ctx.query_rows]
-        scale = 1.0 / heads if ctx.head_reduce == "mean" else 1.0
+        count = {"all": tokens, "patch": tokens - num_prefix, "cls": 1}[query_rows]
+        scale = 1.0 / heads if head_reduce == "mean" else 1.0
         grad_rows = (share * scale).expand(batch, heads, count, tokens)
-    above = ctx.num_prefix if ctx.query_rows == "patch" else 0
+    above = num_prefix if query_rows == "patch" else 0
     below = tokens - above - grad_rows.shape[2]
-    return torch.nn.functional.pad(grad_rows, (0, 0, above, below)).to(ctx.dtype), None, None, None
+    return torch.nn.functional.pad(grad_rows, (0, 0, above, below))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    (attn,) = ctx.saved_tensors
+    grad_attn = attn_colsum_gradient(attn, grad, ctx.head_reduce, ctx.query_rows, ctx.num_prefix, ctx.heads)
+    return grad_attn.to(ctx.dtype), None, None, None
 
 
 _op = define(

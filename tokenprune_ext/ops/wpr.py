@@ -13,8 +13,8 @@ from ._check import accumulate_dtype, check_attention
 from ._define import define
 
 
-def _check(attn: Tensor, start: Tensor | None, max_iters: int, tol: float) -> None:
-    check_attention(attn)
+def check_iteration(name: str, of: Tensor, start: Tensor | None, max_iters: int, tol: float) -> None:
+    """The arguments of the iteration fit ``of``, ``[B, H, N, ...]``, which the messages call ``name``."""
     check_int("max_iters", max_iters, 0)
     if not tol >= 0:
         raise ValueError(f"tol must be at least 0, got {tol}")
@@ -22,16 +22,21 @@ def _check(attn: Tensor, start: Tensor | None, max_iters: int, tol: float) -> No
         return
     if not isinstance(start, Tensor):
         raise TypeError(f"start must be a torch.Tensor [N] or [B, H, N] or None, got {type(start).__name__}")
-    batch, heads, tokens = attn.shape[:3]
+    batch, heads, tokens = of.shape[:3]
     if tuple(start.shape) not in ((tokens,), (batch, heads, tokens)):
         raise ValueError(
-            f"start must have shape [{tokens}] or [{batch}, {heads}, {tokens}] to go with attn {list(attn.shape)}, "
+            f"start must have shape [{tokens}] or [{batch}, {heads}, {tokens}] to go with {name} {list(of.shape)}, "
             f"got {list(start.shape)}"
         )
-    if start.dtype != accumulate_dtype(attn.dtype):
-        raise TypeError(f"start must be {accumulate_dtype(attn.dtype)} for attn of {attn.dtype}, got {start.dtype}")
-    if start.device != attn.device:
-        raise ValueError(f"start must be on the device of attn, {attn.device}, got {start.device}")
+    if start.dtype != accumulate_dtype(of.dtype):
+        raise TypeError(f"start must be {accumulate_dtype(of.dtype)} for {name} of {of.dtype}, got {start.dtype}")
+    if start.device != of.device:
+        raise ValueError(f"start must be on the device of {name}, {of.device}, got {start.device}")
+
+
+def _check(attn: Tensor, start: Tensor | None, max_iters: int, tol: float) -> None:
+    check_attention(attn)
+    check_iteration("attn", attn, start, max_iters, tol)
 
 
 def _first(attn: Tensor, start: Tensor | None) -> Tensor:
@@ -74,11 +79,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(attn, start)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-    """Reverse of ``s <- A^T s``: ``g <- A g``, and every step adds ``s g^T`` to the gradient of A."""
-    attn, start = ctx.saved_tensors
-    wide = attn.to(grad.dtype)
-    _, steps = _iterate(wide, start, ctx.max_iters, ctx.tol)
+def wpr_gradient(
+    wide: Tensor, start: Tensor | None, grad: Tensor, max_iters: int, tol: float
+) -> tuple[Tensor, Tensor | None]:
+    """Reverse of ``s <- A^T s``: ``g <- A g``, and every step adds ``s g^T`` to the gradient of A, ``wide``."""
+    _, steps = _iterate(wide, start, max_iters, tol)
     grad_attn = torch.zeros_like(wide)
     for scores, active in reversed(steps):
         flowing = torch.where(active, grad, 0.0)
@@ -87,6 +92,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
     grad_start = None
     if start is not None:
         grad_start = grad.sum((0, 1)) if start.dim() == 1 else grad
+    return grad_attn, grad_start
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    attn, start = ctx.saved_tensors
+    grad_attn, grad_start = wpr_gradient(attn.to(grad.dtype), start, grad, ctx.max_iters, ctx.tol)
     return grad_attn.to(attn.dtype), grad_start, None, None
 
 

@@ -13,12 +13,6 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kPerLane = 2;
 constexpr int kColumns = kPerLane * kWarpSize;
 
-// The larger of two values; NaN wins, as in torch.
-template <typename acc_t>
-__device__ inline acc_t max_nan(acc_t a, acc_t b) {
-  return (a != a || a > b) ? a : b;
-}
-
 template <typename value_t, typename acc_t, bool kMax>
 __global__ void __launch_bounds__(kThreads) kernel(AttnColsumParams params, int tiles,
                                                    const value_t* attn,  // [batch, heads, n, n]

@@ -61,4 +61,20 @@ __device__ inline acc_t column_total(const acc_t* partial, int column) {
   return total;
 }
 
+// The larger of two values; NaN wins, as in torch.
+template <typename acc_t>
+__device__ inline acc_t max_nan(acc_t a, acc_t b) {
+  return (a != a || a > b) ? a : b;
+}
+
+// Whether a block of the current device can have this much shared memory.
+inline cudaError_t fits_shared_memory(int64_t bytes, bool* fits) {
+  int device = 0, limit = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  *fits = bytes <= limit;
+  return error;
+}
+
 }  // namespace tokenprune

@@ -62,6 +62,40 @@ __device__ acc_t step(const value_t* attn,  // [n, n]
   return change;
 }
 
+// The shared memory of an iteration, staged_scores_bytes + scratch_bytes in this order.
+template <typename acc_t>
+struct Scratch {
+  __device__ Scratch(acc_t* memory, int n)
+      : partial(memory), warp_sums(partial + kWarps * kColumns), s(warp_sums + kWarps), next(s + n) {}
+  acc_t* partial;
+  acc_t* warp_sums;
+  acc_t* s;     // the scores before and after an iteration: in shared memory,
+  acc_t* next;  // unless the caller points them elsewhere
+};
+
+// All iterations of the block's matrix [n, n]. Begins and ends with barriers.
+template <typename value_t, typename acc_t>
+__device__ void iterate(const WprParams& params, const value_t* attn, Scratch<acc_t> scratch,
+                        const acc_t* start,  // [n], [matrices, n] or null: ones
+                        acc_t* out) {        // [n]
+  const int n = static_cast<int>(params.tokens);
+  const int64_t matrix = blockIdx.x;
+  acc_t* s = scratch.s;
+  acc_t* next = scratch.next;
+  for (int k = threadIdx.x; k < n; k += kThreads) s[k] = start ? start[matrix * params.start_stride + k] : acc_t(1);
+  __syncthreads();
+
+  const acc_t threshold = static_cast<acc_t>(params.threshold);
+  for (int64_t iteration = 0; iteration < params.max_iters; ++iteration) {
+    const acc_t change = block_sum<kThreads>(step(attn, n, s, next, scratch.partial), scratch.warp_sums);
+    std::swap(s, next);
+    if (change <= threshold) break;  // the same for every thread
+  }
+  if (s != out) {
+    for (int k = threadIdx.x; k < n; k += kThreads) out[k] = s[k];
+  }
+}
+
 template <typename value_t, typename acc_t, bool kStaged>
 __global__ void __launch_bounds__(kThreads) kernel(WprParams params,
                                                    const value_t* attn,  // [matrices, n, n]
@@ -73,29 +107,16 @@ __global__ void __launch_bounds__(kThreads) kernel(WprParams params,
   attn += matrix * n * n;
   out += matrix * n;
 
-  acc_t* partial = reinterpret_cast<acc_t*>(dynamic_shared());
-  acc_t* warp_sums = partial + kWarps * kColumns;
-  acc_t* s = out;
-  acc_t* next = workspace + matrix * n;
+  Scratch<acc_t> scratch(reinterpret_cast<acc_t*>(dynamic_shared()), n);
   if constexpr (kStaged) {
-    s = warp_sums + kWarps;
-    next = s + n;
-    value_t* staged = reinterpret_cast<value_t*>(next + n);
+    value_t* staged = reinterpret_cast<value_t*>(scratch.next + n);
     for (int64_t i = threadIdx.x; i < static_cast<int64_t>(n) * n; i += kThreads) staged[i] = attn[i];
     attn = staged;
+  } else {
+    scratch.s = out;
+    scratch.next = workspace + matrix * n;
   }
-  for (int k = threadIdx.x; k < n; k += kThreads) s[k] = start ? start[matrix * params.start_stride + k] : acc_t(1);
-  __syncthreads();
-
-  const acc_t threshold = static_cast<acc_t>(params.threshold);
-  for (int64_t iteration = 0; iteration < params.max_iters; ++iteration) {
-    const acc_t change = block_sum<kThreads>(step(attn, n, s, next, partial), warp_sums);
-    std::swap(s, next);
-    if (change <= threshold) break;  // the same for every thread
-  }
-  if (s != out) {
-    for (int k = threadIdx.x; k < n; k += kThreads) out[k] = s[k];
-  }
+  iterate(params, attn, scratch, start, out);
 }
 
 }  // namespace wpr
@@ -103,14 +124,9 @@ __global__ void __launch_bounds__(kThreads) kernel(WprParams params,
 // Whether a matrix is staged in shared memory on the current device: then no workspace is needed.
 template <typename value_t, typename acc_t>
 cudaError_t wpr_fits(const WprParams& params, bool* fits) {
-  int device = 0, limit = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const int64_t bytes = wpr::scratch_bytes<acc_t>() + wpr::staged_scores_bytes<acc_t>(params.tokens) +
                         params.tokens * params.tokens * static_cast<int64_t>(sizeof(value_t));
-  *fits = bytes <= limit;
-  return error;
+  return fits_shared_memory(bytes, fits);
 }
 
 template <typename value_t, typename acc_t>

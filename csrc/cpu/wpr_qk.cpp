@@ -1,0 +1,125 @@
+#include "../ops/wpr_qk.h"
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "attention_rows.h"
+#include "power_iteration.h"
+
+namespace tokenprune {
+namespace {
+
+// A matrix up to this size is formed once, in the cache of the thread that iterates it. A larger one is formed again in
+// every iteration, block by block, by all threads together.
+constexpr int64_t kMatrixBytes = 2 << 20;
+
+template <typename value_t, typename acc_t>
+struct Matrices {
+  WprQkParams params;
+  const value_t* q;
+  const value_t* k;
+  const acc_t* start;  // or null
+  acc_t* scores;       // [matrices, tokens]
+
+  const value_t* queries(int64_t m) const { return q + params.qk.q_offset(m / params.qk.heads, m % params.qk.heads); }
+  const value_t* keys(int64_t m) const { return k + params.qk.k_offset(m / params.qk.heads, m % params.qk.heads); }
+  int64_t stride() const { return padded_columns<acc_t>(params.qk.tokens); }
+  int64_t blocks() const { return (params.qk.tokens + kQueryBlock - 1) / kQueryBlock; }
+  bool small() const { return params.qk.tokens * stride() * static_cast<int64_t>(sizeof(acc_t)) <= kMatrixBytes; }
+};
+
+template <typename acc_t>
+TOKENPRUNE_MULTIVERSION void scale_row(const acc_t* __restrict__ row, int64_t n, acc_t factor,
+                                       acc_t* __restrict__ out) {
+  for (int64_t k = 0; k < n; ++k) out[k] = row[k] * factor;
+}
+
+// The matrices begin .. end - 1, each formed once.
+template <typename value_t, typename acc_t>
+void iterate_small(const Matrices<value_t, acc_t>& work, int64_t begin, int64_t end) {
+  const QkParams& qk = work.params.qk;
+  const int64_t n = qk.tokens, stride = work.stride();
+  AttentionRows<value_t, acc_t> rows(qk);
+  std::vector<acc_t> panels(stride * qk.channels), matrix(n * stride), next(n);
+  for (int64_t m = begin; m < end; ++m) {
+    pack_columns(work.keys(m), qk.k_token_stride, n, qk.channels, panels.data());
+    for (int64_t first = 0; first < n; first += kQueryBlock) {
+      const int64_t count = std::min(kQueryBlock, n - first);
+      rows.form(work.queries(m), panels.data(), first, count);
+      for (int64_t r = 0; r < count; ++r) {
+        acc_t shift = 0;
+        const acc_t sum = rows.softmax_terms(r, &shift);
+        scale_row(rows.row(r), n, acc_t(1) / sum, matrix.data() + (first + r) * stride);
+      }
+    }
+    acc_t* s = work.scores + m * n;
+    power_start(work.params.wpr, work.start, m, s);
+    power_iterate(work.params.wpr, s, next.data(),
+                  [&](const acc_t* from, acc_t* to) { power_step(matrix.data(), stride, from, n, to, n); });
+  }
+}
+
+// One matrix by all threads. `row_sums` first gets the logarithm of every row's sum; then every step forms the
+// probabilities of a block of queries and adds them up, weighted by the scores.
+template <typename value_t, typename acc_t>
+void iterate_large(const Matrices<value_t, acc_t>& work, int64_t m) {
+  const QkParams& qk = work.params.qk;
+  const int64_t n = qk.tokens, blocks = work.blocks();
+  std::vector<acc_t> panels(work.stride() * qk.channels), partial(blocks * n), row_sums(n), next(n);
+  pack_columns(work.keys(m), qk.k_token_stride, n, qk.channels, panels.data());
+  const auto each_block = [&](const auto& visit) {
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      AttentionRows<value_t, acc_t> rows(qk);
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = block * kQueryBlock;
+        const int64_t count = std::min(kQueryBlock, n - first);
+        rows.form(work.queries(m), panels.data(), first, count);
+        visit(rows, block, first, count);
+      }
+    });
+  };
+  each_block([&](auto& rows, int64_t, int64_t first, int64_t count) {
+    for (int64_t r = 0; r < count; ++r) {
+      acc_t shift = 0;
+      const acc_t sum = rows.softmax_terms(r, &shift);
+      row_sums[first + r] = shift + std::log(sum);
+    }
+  });
+  acc_t* s = work.scores + m * n;
+  power_start(work.params.wpr, work.start, m, s);
+  power_iterate(work.params.wpr, s, next.data(), [&](const acc_t* from, acc_t* to) {
+    each_block([&](auto& rows, int64_t block, int64_t first, int64_t count) {
+      for (int64_t r = 0; r < count; ++r) exp_row(rows.row(r), n, row_sums[first + r]);
+      power_step(rows.row(0), rows.stride(), from + first, count, partial.data() + block * n, n);
+    });
+    std::fill_n(to, n, acc_t(0));
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t k = 0; k < n; ++k) to[k] += partial[block * n + k];
+    }
+  });
+}
+
+Tensor wpr_qk_cpu(Tensor q, Tensor k, double scale, std::optional<Tensor> start, int64_t max_iters, double tol, bool) {
+  const WprQkParams params = check_wpr_qk(q, k, scale, start, max_iters, tol);
+  Tensor out = torch::stable::new_empty(q, {params.qk.batch, params.qk.heads, params.qk.tokens}, accumulate_dtype(q));
+  TOKENPRUNE_DISPATCH(q.scalar_type(), "wpr_qk", [&] {
+    using acc_t = accumulate_t<scalar_t>;
+    const acc_t* first = start.has_value() ? data_ptr<acc_t>(*start) : nullptr;
+    const Matrices<vectorizable_t<scalar_t>, acc_t> work{params, vector_ptr<scalar_t>(q), vector_ptr<scalar_t>(k),
+                                                         first, data_ptr<acc_t>(out)};
+    if (work.small()) {
+      torch::stable::parallel_for(0, params.wpr.matrices, 1,
+                                  [&](int64_t begin, int64_t end) { iterate_small(work, begin, end); });
+    } else {
+      for (int64_t m = 0; m < params.wpr.matrices; ++m) iterate_large(work, m);
+    }
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace tokenprune
+
+STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) { m.impl("wpr_qk", TORCH_BOX(&tokenprune::wpr_qk_cpu)); }

@@ -1,0 +1,149 @@
+// Weighted page rank from queries and keys. A matrix that fits is formed in the shared memory of one multiprocessor and
+// iterated there (resident_kernel). For more tokens every iteration forms the products again, spread over the whole
+// device: two launches an iteration, which leave out the heads that have converged.
+#pragma once
+
+#include "../../ops/wpr_qk_params.h"
+#include "qk_softmax.cuh"
+#include "wpr.cuh"
+
+namespace tokenprune {
+namespace wpr_qk {
+
+// Probabilities of 16-bit inputs are held as half, so that matrices of about 250 tokens fit.
+template <typename value_t>
+struct Resident {
+  using type = value_t;
+};
+template <>
+struct Resident<__nv_bfloat16> {
+  using type = __half;
+};
+
+// The tiles of q and k come first; the iteration uses their place again.
+template <typename value_t, typename acc_t>
+constexpr int64_t matrix_offset(int64_t tokens) {
+  const int64_t scores = wpr::scratch_bytes<acc_t>() + wpr::staged_scores_bytes<acc_t>(tokens);
+  const int64_t tiles = tile::shared_bytes<value_t>();
+  return ceil_div<int64_t>(tiles > scores ? tiles : scores, 16) * 16;
+}
+template <typename value_t, typename acc_t>
+constexpr int64_t resident_bytes(int64_t tokens) {
+  using resident_t = typename Resident<value_t>::type;
+  return matrix_offset<value_t, acc_t>(tokens) + tokens * tokens * static_cast<int64_t>(sizeof(resident_t));
+}
+
+template <bool kTf32, typename value_t, typename acc_t>
+__global__ void __launch_bounds__(wpr::kThreads) resident_kernel(qk::Operands<value_t> in, WprParams params,
+                                                                 const acc_t* lse,    // [matrices, n]
+                                                                 const acc_t* start,  // [n], [matrices, n] or null
+                                                                 acc_t* out) {        // [matrices, n]
+  using resident_t = typename Resident<value_t>::type;
+  const QkParams& p = in.params;
+  const int n = static_cast<int>(params.tokens);
+  const int64_t matrix = blockIdx.x;
+  unsigned char* shared = dynamic_shared();
+  resident_t* attn = reinterpret_cast<resident_t*>(shared + matrix_offset<value_t, acc_t>(n));
+
+  const auto queries = in.queries(matrix / p.heads, matrix % p.heads, n);
+  const auto keys = in.keys(matrix / p.heads, matrix % p.heads);
+  const acc_t scale = static_cast<acc_t>(p.scale);
+  tile::Fragment<acc_t, wpr::kThreads> terms;
+  for (int first = 0; first < n; first += tile::kRows) {
+    for (int column = 0; column < n; column += tile::kRows) {
+      tile::product<kTf32>(shared, queries, first, keys, column, static_cast<int>(p.channels), in.vectors, terms);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = first + terms.row(i);
+        if (row >= n) continue;
+        const acc_t shift = lse[matrix * n + row];
+#pragma unroll
+        for (int j = 0; j < terms.kGroups; ++j) {
+          const int k = column + terms.column(j, i);
+          if (k < n) attn[row * n + k] = static_cast<resident_t>(qk::exponential(terms.value[j][i] * scale - shift));
+        }
+      }
+    }
+  }
+  __syncthreads();  // the tiles have been read
+  wpr::iterate(params, attn, wpr::Scratch<acc_t>(reinterpret_cast<acc_t*>(shared), n), start, out + matrix * n);
+}
+
+// ---- Formed again in every iteration ----
+constexpr int kThreads = 256;
+
+template <typename acc_t>
+__global__ void __launch_bounds__(kThreads) start_kernel(WprParams params, const acc_t* start,
+                                                         acc_t* scores,  // [matrices, n]
+                                                         int* active) {  // [matrices]
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= params.matrices * params.tokens) return;
+  const int64_t matrix = i / params.tokens, k = i % params.tokens;
+  scores[i] = start ? start[matrix * params.start_stride + k] : acc_t(1);
+  if (k == 0) active[matrix] = 1;
+}
+
+// Ends an iteration of one matrix: adds the tiles' sums up, and sees whether the scores still change.
+template <typename acc_t>
+__global__ void __launch_bounds__(kThreads) advance_kernel(WprParams params, int64_t row_tiles,
+                                                           const acc_t* partial,  // [matrices, row_tiles, n]
+                                                           acc_t* scores,         // [matrices, n]
+                                                           int* active) {         // [matrices]
+  TOKENPRUNE_SHARED(acc_t, scratch, kThreads / kWarpSize);
+  const int64_t matrix = blockIdx.x;
+  if (active[matrix] == 0) return;  // the whole block
+  acc_t change = 0;
+  for (int64_t k = threadIdx.x; k < params.tokens; k += kThreads) {
+    acc_t& score = scores[matrix * params.tokens + k];
+    const acc_t next = qk::tile_total(partial, matrix, row_tiles, params.tokens, k);
+    const acc_t off = next - score;
+    change += off < 0 ? -off : off;
+    score = next;
+  }
+  change = block_sum<kThreads>(change, scratch);
+  if (threadIdx.x == 0 && change <= static_cast<acc_t>(params.threshold)) active[matrix] = 0;
+}
+
+}  // namespace wpr_qk
+
+// How a matrix is iterated on the current device.
+template <typename value_t, typename acc_t>
+cudaError_t wpr_qk_fits(const WprQkParams& params, bool* fits) {
+  return fits_shared_memory(wpr_qk::resident_bytes<value_t, acc_t>(params.qk.tokens), fits);
+}
+
+// Numbers of the workspace: the lse and, unless matrices fit, the sums of the tiles.
+inline int64_t wpr_qk_workspace(const WprQkParams& params, bool fits) {
+  return params.wpr.matrices * params.qk.tokens * (1 + (fits ? 0 : qk::row_tiles(0, params.qk.tokens)));
+}
+
+template <bool kTf32, typename value_t, typename acc_t>
+cudaError_t launch_wpr_qk(const WprQkParams& params, bool fits, const value_t* q, const value_t* k, const acc_t* start,
+                          acc_t* workspace,
+                          int* active,  // [matrices]; unused when matrices fit
+                          acc_t* out, cudaStream_t stream) {
+  const WprParams& wpr = params.wpr;
+  if (wpr.matrices == 0) return cudaSuccess;
+  const auto in = qk::operands(params.qk, q, k);
+  acc_t* lse = workspace;
+  cudaError_t error = qk::launch_lse<kTf32>(in, 0, wpr.tokens, lse, stream);
+  if (error != cudaSuccess) return error;
+  const auto matrices = static_cast<unsigned>(wpr.matrices);
+  if (fits) {
+    return launch(wpr_qk::resident_kernel<kTf32, value_t, acc_t>, matrices, wpr::kThreads,
+                  wpr_qk::resident_bytes<value_t, acc_t>(wpr.tokens), stream, in, wpr, lse, start, out);
+  }
+  acc_t* partial = lse + wpr.matrices * wpr.tokens;
+  const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(wpr.matrices * wpr.tokens, wpr_qk::kThreads));
+  error = launch(wpr_qk::start_kernel<acc_t>, blocks, wpr_qk::kThreads, 0, stream, wpr, start, out, active);
+  const qk::Columns<acc_t> work{1, 0, wpr.tokens, lse, out, active, partial};
+  for (int64_t iteration = 0; iteration < wpr.max_iters && error == cudaSuccess; ++iteration) {
+    error = qk::launch_columns<kTf32, false>(in, work, stream);
+    if (error != cudaSuccess) break;
+    error = launch(wpr_qk::advance_kernel<acc_t>, matrices, wpr_qk::kThreads, 0, stream, wpr,
+                   qk::row_tiles(0, wpr.tokens), partial, out, active);
+  }
+  return error;
+}
+
+}  // namespace tokenprune

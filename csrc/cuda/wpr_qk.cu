@@ -1,0 +1,37 @@
+#include <optional>
+
+#include "../ops/wpr_qk.h"
+#include "adapter.h"
+#include "kernels/wpr_qk.cuh"
+
+namespace tokenprune {
+namespace {
+
+Tensor wpr_qk_cuda(Tensor q, Tensor k, double scale, std::optional<Tensor> start, int64_t max_iters, double tol,
+                   bool allow_tf32) {
+  const WprQkParams params = check_wpr_qk(q, k, scale, start, max_iters, tol);
+  const CudaScope scope(q);
+  const auto dtype = accumulate_dtype(q);
+  Tensor out = torch::stable::new_empty(q, {params.qk.batch, params.qk.heads, params.qk.tokens}, dtype);
+  TOKENPRUNE_DISPATCH(q.scalar_type(), "wpr_qk", [&] {
+    using acc_t = accumulate_t<scalar_t>;
+    using value_t = typename CudaType<scalar_t>::type;
+    bool fits = false;
+    check_cuda(wpr_qk_fits<value_t, acc_t>(params, &fits), "wpr_qk");
+    Tensor workspace = torch::stable::new_empty(q, {wpr_qk_workspace(params, fits)}, dtype);
+    Tensor active = torch::stable::new_empty(q, {fits ? 0 : params.wpr.matrices}, ScalarType::Int);
+    const acc_t* first = start.has_value() ? data_ptr<acc_t>(*start) : nullptr;
+    with_tf32<scalar_t>(allow_tf32, [&](auto tf32) {
+      check_cuda(
+          launch_wpr_qk<tf32()>(params, fits, cuda_ptr<scalar_t>(q), cuda_ptr<scalar_t>(k), first,
+                                data_ptr<acc_t>(workspace), data_ptr<int>(active), data_ptr<acc_t>(out), scope.stream),
+          "wpr_qk");
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace tokenprune
+
+TOKENPRUNE_CUDA_IMPL(m) { m.impl("wpr_qk", TORCH_BOX(&tokenprune::wpr_qk_cuda)); }
