@@ -1,7 +1,7 @@
 """The CUDA kernels on the host: builds ``csrc/simt``, loads it and runs operators through it.
 
 ``TOKENPRUNE_SIMT=sanitized`` takes the build under AddressSanitizer and UndefinedBehaviorSanitizer, which needs their
-run time to be loaded first (``.ci/run`` shows how); the default, ``races``, finds accesses that no barrier orders.
+run time to be loaded first (``.ci/sanitize`` shows how); the default, ``races``, finds accesses that no barrier orders.
 """
 
 from __future__ import annotations
