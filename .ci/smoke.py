@@ -30,11 +30,15 @@ def check_libraries() -> None:
 def check_operators(device: str) -> None:
     attn = torch.randn(2, 3, 33, 33, device=device).softmax(-1)
     x, scores = torch.randn(2, 33, 16, device=device), torch.rand(2, 33, device=device)
+    kept = torch.tensor([[2, 5, 6, 30], [1, 2, 3, 32]], device=device)
+    dropped = torch.tensor([[7, 1, 9], [4, 5, 6]], device=device)
+    match = torch.tensor([[5, 2, 5], [3, 3, 3]], device=device)
     calls = {
         "wpr": (attn, torch.ones(33, device=device), 5, 1e-6),
         "attn_colsum": (attn, "max", "patch", 1),
         "head_aggregate": (torch.rand(2, 3, 33, device=device), 0.01, 0.7, 1),
         "topk_gather": (x, scores, 10, 1, "mean"),
+        "merge_tokens": (x, scores, kept, dropped, match, 1),
     }
     assert set(calls) == set(operators), "an operator is missing here"
     for name, args in calls.items():

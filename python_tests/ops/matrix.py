@@ -85,6 +85,11 @@ class Sample:
     simt: bool = True  # False: would take too long on the host, and covers nothing there that the others do not
 
 
+def is_floating(arg: Any) -> bool:
+    """Tensors of positions keep their dtype and have no gradient."""
+    return isinstance(arg, Tensor) and arg.is_floating_point()
+
+
 def cast(tensor: Tensor | None, backend: Backend, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(device=backend.device, dtype=dtype)
 
@@ -154,8 +159,8 @@ class OpMatrix(ABC):
             if backend.is_simt and not sample.simt:
                 continue
             args = self.arguments(sample, backend, dtype)
-            wide = tuple(arg.double().cpu() if isinstance(arg, Tensor) else arg for arg in args)
             host = tuple(arg.cpu() if isinstance(arg, Tensor) else arg for arg in args)
+            wide = tuple(arg.double() if is_floating(arg) else arg for arg in host)
             truths = Backend("reference").run(self.op, *wide)
             plain = Backend("reference").run(self.op, *host)
             for result, truth, same in zip(backend.run(self.op, *args), truths, plain, strict=True):
@@ -224,7 +229,7 @@ class OpMatrix(ABC):
     def test_opcheck(self, device: str, dtype: torch.dtype) -> None:
         args = self.arguments(self.small_sample(), Backend(device), dtype)
         for arg in args:
-            if isinstance(arg, Tensor):
+            if is_floating(arg):
                 arg.requires_grad_()
         torch.library.opcheck(getattr(torch.ops.tokenprune, self.op).default, args)
 
@@ -237,7 +242,7 @@ class OpMatrix(ABC):
             results = Backend(device).run(self.op, *[next(given) if isinstance(arg, Tensor) else arg for arg in args])
             return tuple(result for result in results if result.is_floating_point())
 
-        assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in tensors])
+        assert torch.autograd.gradcheck(run, [tensor.requires_grad_(is_floating(tensor)) for tensor in tensors])
 
     def test_compiles_without_a_graph_break(self, device: str) -> None:
         args = self.arguments(self.small_sample(), Backend(device), torch.float32)

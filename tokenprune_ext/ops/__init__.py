@@ -6,8 +6,17 @@ Importing this package defines them; the kernels come from the compiled librarie
 from .attn_colsum import attn_colsum
 from .attn_colsum_qk import attn_colsum_qk
 from .head_aggregate import head_aggregate
+from .merge_tokens import merge_tokens
 from .topk_gather import topk_gather
 from .wpr import wpr
 from .wpr_qk import wpr_qk
 
-__all__ = ["attn_colsum", "attn_colsum_qk", "head_aggregate", "topk_gather", "wpr", "wpr_qk"]
+__all__ = [
+    "attn_colsum",
+    "attn_colsum_qk",
+    "head_aggregate",
+    "merge_tokens",
+    "topk_gather",
+    "wpr",
+    "wpr_qk",
+]
