@@ -32,7 +32,8 @@ class Case:
         op: operator.
         shape: named sizes, e.g. ``{"B": 8, "H": 6, "N": 197}``, and what else belongs in the record.
         dtype: dtype of the inputs.
-        variants: name -> call; the first is the kernel, the others are what it is compared with.
+        variants: name -> call; the first is the kernel, the others compute the same and are compared with it.
+        baselines: name -> call; timed in the same run, but they compute something else.
         bytes_moved: each input read once and each output written once: what the floor is made of.
         tolerance: largest allowed relative difference between the variants' results.
     """
@@ -43,6 +44,7 @@ class Case:
     variants: dict[str, Callable[[], Any]]
     bytes_moved: int
     tolerance: float = 1e-4
+    baselines: dict[str, Callable[[], Any]] = field(default_factory=dict)
     device: str = field(default="cpu")
 
 
@@ -57,7 +59,7 @@ def check(case: Case) -> None:
 def measure(case: Case, budget_s: float) -> list[dict[str, Any]]:
     """One record a variant; times in seconds, ``ratio`` is its median over the kernel's."""
     check(case)
-    times = time_in_turns(case.variants, cuda=case.device == "cuda", budget_s=budget_s)
+    times = time_in_turns({**case.variants, **case.baselines}, cuda=case.device == "cuda", budget_s=budget_s)
     kernel = quantile(next(iter(times.values())), 0.5)
     return [
         {

@@ -45,7 +45,7 @@ class Pomt(Method):
 
     def scores(self, ctx: AttentionContext) -> Tensor:
         """Importance ``[B, N]``, float32 (float64 for float64)."""
-        received = ops.attn_colsum(ctx.attention(), self.head_reduce, "patch", ctx.num_prefix)
+        received = ops.attn_colsum_qk(ctx.q, ctx.k, ctx.scale, self.head_reduce, "patch", ctx.num_prefix)
         received = received / received.amax(dim=1, keepdim=True)
         return received + self._feature_weight(ctx).to(received.dtype)
 

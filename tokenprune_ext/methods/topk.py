@@ -31,4 +31,4 @@ class TopK(Method):
         """Importance ``[B, N]``, float32 (float64 for float64)."""
         if ctx.has_class_token:
             return ctx.class_attention().mean(dim=1)
-        return ops.attn_colsum(ctx.attention(), "mean", "all", ctx.num_prefix)
+        return ops.attn_colsum_qk(ctx.q, ctx.k, ctx.scale, "mean", "all", ctx.num_prefix)

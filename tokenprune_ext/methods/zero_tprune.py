@@ -73,7 +73,8 @@ class ZeroTPrune(Method):
 
     def scores(self, ctx: AttentionContext) -> Tensor:
         """Importance ``[B, N]``, float32 (float64 for float64)."""
-        ranks = ops.wpr(ctx.attention(self.tau), self._start(ctx), self.iterations(ctx.layer, ctx.depth), self.tol)
+        iters = self.iterations(ctx.layer, ctx.depth)
+        ranks = ops.wpr_qk(ctx.q, ctx.k, ctx.scale / self.tau, self._start(ctx), iters, self.tol)
         return ops.head_aggregate(ranks, self.vmin, self.vmax, ctx.num_prefix)
 
     def _start(self, ctx: AttentionContext) -> Tensor | None:

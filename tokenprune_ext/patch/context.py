@@ -12,8 +12,8 @@ from torch import Tensor
 class AttentionContext:
     """The attention of one block, for one forward. Carries no gradient: which tokens stay is not differentiable.
 
-    The attention matrix is not part of it. A method that needs the matrix asks for it with :meth:`attention`; one that
-    scores from ``q`` and ``k`` leaves fused attention alone.
+    The attention matrix is not part of it, and no method forms it: the operators ``attn_colsum_qk`` and ``wpr_qk`` score
+    from ``q`` and ``k``.
 
     When methods that merge tokens come, the number of patches each token stands for (``[B, N]``) belongs here and in
     :class:`Reduced`.
@@ -37,15 +37,6 @@ class AttentionContext:
     has_class_token: bool
     layer: int
     depth: int
-
-    def attention(self, tau: float = 1.0) -> Tensor:
-        """Attention probabilities ``[B, H, N, N]``, rows are queries, in the dtype of ``q``; computed at every call.
-
-        Args:
-            tau: temperature; the logits are divided by it.
-        """
-        logits = (self.q * (self.scale / tau)) @ self.k.transpose(-2, -1)
-        return logits.softmax(dim=-1)
 
     def class_attention(self) -> Tensor:
         """Attention of the class token to every token ``[B, H, N]``, float32 (float64 for float64); O(N) memory.

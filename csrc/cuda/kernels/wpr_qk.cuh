@@ -34,10 +34,10 @@ constexpr int64_t resident_bytes(int64_t tokens) {
 }
 
 template <bool kTf32, typename value_t, typename acc_t>
-__global__ void __launch_bounds__(wpr::kThreads) resident_kernel(qk::Operands<value_t> in, WprParams params,
-                                                                 const acc_t* lse,    // [matrices, n]
-                                                                 const acc_t* start,  // [n], [matrices, n] or null
-                                                                 acc_t* out) {        // [matrices, n]
+__global__ void __launch_bounds__(wpr::kThreads, 1) resident_kernel(qk::Operands<value_t> in, WprParams params,
+                                                                    const acc_t* lse,    // [matrices, n]
+                                                                    const acc_t* start,  // [n], [matrices, n] or null
+                                                                    acc_t* out) {        // [matrices, n]
   using resident_t = typename Resident<value_t>::type;
   const QkParams& p = in.params;
   const int n = static_cast<int>(params.tokens);
