@@ -30,11 +30,14 @@ def check_libraries() -> None:
 def check_operators(device: str) -> None:
     attn = torch.randn(2, 3, 33, 33, device=device).softmax(-1)
     x, scores = torch.randn(2, 33, 16, device=device), torch.rand(2, 33, device=device)
+    rank = scores.argsort(1).argsort(1)
     calls = {
         "wpr": (attn, torch.ones(33, device=device), 5, 1e-6),
         "attn_colsum": (attn, "max", "patch", 1),
         "head_aggregate": (torch.rand(2, 3, 33, device=device), 0.01, 0.7, 1),
         "topk_gather": (x, scores, 10, 1, "mean"),
+        "nearest_token": (x, rank, 1),
+        "bipartite_match": (x, scores, 10, 1, "unimportant"),
     }
     assert set(calls) == set(operators), "an operator is missing here"
     for name, args in calls.items():

@@ -11,7 +11,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def reference(op: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Sample:
-    """One call: tensors in float64 on the CPU (cast to the dtype under test), and the other arguments."""
+    """One call: tensors on the CPU, float64 (cast to the dtype under test) or integers, and the other arguments."""
 
     tensors: tuple[Tensor | None, ...]
     options: tuple[Any, ...]
@@ -87,6 +87,10 @@ class Sample:
 
 def cast(tensor: Tensor | None, backend: Backend, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(device=backend.device, dtype=dtype)
+
+
+def is_floating(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def strided(tensor: Tensor | None) -> Tensor | None:
@@ -121,8 +125,8 @@ class OpMatrix(ABC):
         """One cheap call with a batch of 3 and every feature switched on."""
 
     def tensor_dtypes(self, dtype: torch.dtype, sample: Sample) -> list[torch.dtype]:
-        """The dtype of each tensor argument when the matrix asks for ``dtype``."""
-        return [dtype] * len(sample.tensors)
+        """The dtype of each tensor argument when the matrix asks for ``dtype``: integers stay what they are."""
+        return [dtype if t is None or t.is_floating_point() else t.dtype for t in sample.tensors]
 
     def arguments(self, sample: Sample, backend: Backend, dtype: torch.dtype) -> tuple[Any, ...]:
         dtypes = self.tensor_dtypes(dtype, sample)
@@ -147,14 +151,15 @@ class OpMatrix(ABC):
             if backend.is_simt and not sample.simt:
                 continue
             args = self.arguments(sample, backend, dtype)
-            wide = tuple(arg.double().cpu() if isinstance(arg, Tensor) else arg for arg in args)
             host = tuple(arg.cpu() if isinstance(arg, Tensor) else arg for arg in args)
+            wide = tuple(arg.double() if is_floating(arg) else arg for arg in host)
             truths = Backend("reference").run(self.op, *wide)
             plain = Backend("reference").run(self.op, *host)
-            for result, truth, same in zip(backend.run(self.op, *args), truths, plain, strict=True):
+            results = tuple(result.cpu() for result in backend.run(self.op, *args))
+            self.compare_integers(results, truths, wide, sample.name)
+            for result, truth, same in zip(results, truths, plain, strict=True):
                 assert result.dtype == same.dtype
                 if not truth.is_floating_point():
-                    assert torch.equal(result.cpu(), truth), sample.name
                     continue
                 finite = truth[truth.isfinite()]
                 scale = finite.abs().max().item() if finite.numel() else 0.0
@@ -164,6 +169,16 @@ class OpMatrix(ABC):
                 assert error(result, truth) <= allowed, f"{sample.name}: {error(result, truth)} > {allowed}"
             count += 1
         assert count > 20
+
+    def compare_integers(
+        self, results: tuple[Tensor, ...], truths: tuple[Tensor, ...], args: tuple[Any, ...], name: str
+    ) -> None:
+        """Integers are exact. An operator whose choices hang on rounding overrides this with what it may choose.
+
+        ``args`` are the call's, in float64 on the CPU.
+        """
+        for result, truth in zip(results, truths, strict=True):
+            assert truth.is_floating_point() or torch.equal(result, truth), name
 
     @each_backend
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -218,7 +233,7 @@ class OpMatrix(ABC):
     def test_opcheck(self, device: str, dtype: torch.dtype) -> None:
         args = self.arguments(self.small_sample(), Backend(device), dtype)
         for arg in args:
-            if isinstance(arg, Tensor):
+            if is_floating(arg):
                 arg.requires_grad_()
         torch.library.opcheck(getattr(torch.ops.tokenprune, self.op).default, args)
 
@@ -233,7 +248,7 @@ class OpMatrix(ABC):
             return tuple(result for result in results if result.is_floating_point())
 
         order = [arg if isinstance(arg, Tensor) else None for arg in args[: len(self.small_sample().tensors)]]
-        assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in tensors])
+        assert torch.autograd.gradcheck(run, [tensor.requires_grad_(is_floating(tensor)) for tensor in tensors])
 
     def test_compiles_without_a_graph_break(self, device: str) -> None:
         args = self.arguments(self.small_sample(), Backend(device), torch.float32)
