@@ -2,36 +2,14 @@
 
 #include <algorithm>
 #include <cstring>
-#include <numeric>
 #include <string>
 #include <tuple>
 
+#include "select.h"
 #include "simd.h"
 
 namespace tokenprune {
 namespace {
-
-// Puts the patch positions of one image into `order`: the kept ones first, then the dropped ones, each ascending.
-template <typename value_t>
-void select(const TopkGatherParams& params,
-            const value_t* scores,  // [tokens]
-            int32_t* order) {       // [tokens - num_prefix]
-  const int64_t patches = params.tokens - params.num_prefix;
-  std::iota(order, order + patches, static_cast<int32_t>(params.num_prefix));
-  // Higher first, NaN last, equal ones by position.
-  const auto before = [scores](int32_t i, int32_t j) {
-    const double a = static_cast<double>(scores[i]);
-    const double b = static_cast<double>(scores[j]);
-    const bool a_nan = a != a;
-    const bool b_nan = b != b;
-    if (a_nan != b_nan) return b_nan;
-    if (!a_nan && a != b) return a > b;
-    return i < j;
-  };
-  std::nth_element(order, order + params.keep - 1, order + patches, before);
-  std::sort(order, order + params.keep);
-  std::sort(order + params.keep, order + patches);
-}
 
 template <typename value_t, typename acc_t>
 TOKENPRUNE_MULTIVERSION void add_scaled(acc_t weight, const value_t* __restrict__ x, int64_t n,

@@ -11,7 +11,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def reference(op: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Sample:
-    """One call: tensors in float64 on the CPU (cast to the dtype under test), and the other arguments."""
+    """One call: tensors on the CPU, float64 (cast to the dtype under test) or integers, and the other arguments."""
 
     tensors: tuple[Tensor | None, ...]
     options: tuple[Any, ...]
@@ -92,6 +92,10 @@ def is_floating(arg: Any) -> bool:
 
 def cast(tensor: Tensor | None, backend: Backend, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(device=backend.device, dtype=dtype)
+
+
+def is_floating(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def strided(tensor: Tensor | None) -> Tensor | None:
@@ -126,8 +130,8 @@ class OpMatrix(ABC):
         """One cheap call with a batch of 3 and every feature switched on."""
 
     def tensor_dtypes(self, dtype: torch.dtype, sample: Sample) -> list[torch.dtype]:
-        """The dtype of each tensor argument when the matrix asks for ``dtype``."""
-        return [dtype] * len(sample.tensors)
+        """The dtype of each tensor argument when the matrix asks for ``dtype``: integers stay what they are."""
+        return [dtype if t is None or t.is_floating_point() else t.dtype for t in sample.tensors]
 
     def arguments(self, sample: Sample, backend: Backend, dtype: torch.dtype) -> tuple[Any, ...]:
         dtypes = self.tensor_dtypes(dtype, sample)
@@ -163,10 +167,11 @@ class OpMatrix(ABC):
             wide = tuple(arg.double() if is_floating(arg) else arg for arg in host)
             truths = Backend("reference").run(self.op, *wide)
             plain = Backend("reference").run(self.op, *host)
-            for result, truth, same in zip(backend.run(self.op, *args), truths, plain, strict=True):
+            results = tuple(result.cpu() for result in backend.run(self.op, *args))
+            self.compare_integers(results, truths, wide, sample.name)
+            for result, truth, same in zip(results, truths, plain, strict=True):
                 assert result.dtype == same.dtype
                 if not truth.is_floating_point():
-                    assert torch.equal(result.cpu(), truth), sample.name
                     continue
                 finite = truth[truth.isfinite()]
                 scale = finite.abs().max().item() if finite.numel() else 0.0
@@ -175,6 +180,16 @@ class OpMatrix(ABC):
                 assert error(result, truth) <= allowed, f"{sample.name}: {error(result, truth)} > {allowed}"
             count += 1
         assert count > 20
+
+    def compare_integers(
+        self, results: tuple[Tensor, ...], truths: tuple[Tensor, ...], args: tuple[Any, ...], name: str
+    ) -> None:
+        """Integers are exact. An operator whose choices hang on rounding overrides this with what it may choose.
+
+        ``args`` are the call's, in float64 on the CPU.
+        """
+        for result, truth in zip(results, truths, strict=True):
+            assert truth.is_floating_point() or torch.equal(result, truth), name
 
     @each_backend
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

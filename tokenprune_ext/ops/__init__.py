@@ -5,8 +5,10 @@ Importing this package defines them; the kernels come from the compiled librarie
 
 from .attn_colsum import attn_colsum
 from .attn_colsum_qk import attn_colsum_qk
+from .bipartite_match import bipartite_match
 from .head_aggregate import head_aggregate
 from .merge_tokens import merge_tokens
+from .nearest_token import nearest_token
 from .topk_gather import topk_gather
 from .wpr import wpr
 from .wpr_qk import wpr_qk
@@ -14,8 +16,10 @@ from .wpr_qk import wpr_qk
 __all__ = [
     "attn_colsum",
     "attn_colsum_qk",
+    "bipartite_match",
     "head_aggregate",
     "merge_tokens",
+    "nearest_token",
     "topk_gather",
     "wpr",
     "wpr_qk",

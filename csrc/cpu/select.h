@@ -1,0 +1,35 @@
+// Selection of the best patch tokens of one image, as csrc/cuda/kernels/select.cuh does it on a GPU.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+
+#include "../ops/topk_gather_params.h"
+
+namespace tokenprune {
+
+// Puts the patch positions of one image into `order`: the kept ones first, then the dropped ones, each ascending.
+template <typename value_t>
+void select(const TopkGatherParams& params,
+            const value_t* scores,  // [tokens]
+            int32_t* order) {       // [tokens - num_prefix]
+  const int64_t patches = params.tokens - params.num_prefix;
+  std::iota(order, order + patches, static_cast<int32_t>(params.num_prefix));
+  if (params.keep == 0) return;
+  // Higher first, NaN last, equal ones by position.
+  const auto before = [scores](int32_t i, int32_t j) {
+    const double a = static_cast<double>(scores[i]);
+    const double b = static_cast<double>(scores[j]);
+    const bool a_nan = a != a;
+    const bool b_nan = b != b;
+    if (a_nan != b_nan) return b_nan;
+    if (!a_nan && a != b) return a > b;
+    return i < j;
+  };
+  std::nth_element(order, order + params.keep - 1, order + patches, before);
+  std::sort(order, order + params.keep);
+  std::sort(order + params.keep, order + patches);
+}
+
+}  // namespace tokenprune

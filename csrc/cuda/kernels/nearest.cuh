@@ -1,0 +1,183 @@
+// The most similar token of lower rank, for every token. Tokens are put in the order of their ranks first: the
+// candidates of a token are then the first so many, and tiles of products behind them are not formed. A block owns 64
+// tokens, walks over the tiles of their candidates and keeps the best one so far.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "../../ops/nearest_token_params.h"
+#include "tile_product.cuh"
+
+namespace tokenprune {
+
+// Patch tokens in the order of their ranks, equal ranks by position. A place is a position in that order.
+template <typename value_t, typename acc_t>
+struct NearestWorkspace {
+  value_t* rows;     // [batch, patches, channels]: the tokens
+  acc_t* inverse;    // [batch, patches]: one over the norm; NaN when the norm is not finite
+  int32_t* tokens;   // [batch, patches]: their positions
+  int32_t* columns;  // [batch, patches]: how many places have a lower rank
+};
+
+namespace nearest {
+
+constexpr int kSortThreads = 256;
+constexpr int kSortWarps = kSortThreads / kWarpSize;
+constexpr int32_t kNobody = std::numeric_limits<int32_t>::max();
+
+template <typename T>
+__device__ inline T warp_sum(T value) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+// A warp a token: finds its place, copies it there and measures it. A prefix token gets its results.
+template <typename value_t, typename acc_t>
+__global__ void __launch_bounds__(kSortThreads) sort_kernel(NearestTokenParams params,
+                                                            const value_t* metric,  // [batch, tokens, channels]
+                                                            const int64_t* rank,    // [batch, tokens]
+                                                            NearestWorkspace<value_t, acc_t> sorted,
+                                                            acc_t* similarity,  // [batch, tokens]
+                                                            int64_t* index) {   // [batch, tokens]
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kSortWarps + threadIdx.x / kWarpSize;
+  if (row >= params.batch * params.tokens) return;  // whole warps, and no barrier follows
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t image = row / params.tokens;
+  const int64_t token = row % params.tokens;
+  if (token < params.num_prefix) {
+    if (lane == 0) {
+      similarity[row] = -1;
+      index[row] = -1;
+    }
+    return;
+  }
+  rank += image * params.tokens;
+  const int64_t own = rank[token];
+  int lower = 0;
+  int equal_before = 0;
+  for (int64_t j = params.num_prefix + lane; j < params.tokens; j += kWarpSize) {
+    lower += rank[j] < own;
+    equal_before += rank[j] == own && j < token;
+  }
+  lower = warp_sum(lower);
+  const int64_t place = image * params.patches() + lower + warp_sum(equal_before);
+  if (lane == 0) {
+    sorted.tokens[place] = static_cast<int32_t>(token);
+    sorted.columns[place] = lower;
+  }
+  metric += row * params.channels;
+  value_t* copy = sorted.rows + place * params.channels;
+  acc_t squares = 0;
+  for (int64_t c = lane; c < params.channels; c += kWarpSize) {
+    const acc_t value = to_acc<acc_t>(metric[c]);
+    copy[c] = metric[c];
+    squares += value * value;
+  }
+  squares = warp_sum(squares);
+  if (lane == 0) {
+    const acc_t norm = std::sqrt(squares);
+    const acc_t shortest = static_cast<acc_t>(kMinNorm);
+    const bool finite = squares <= std::numeric_limits<acc_t>::max();
+    sorted.inverse[place] =
+        finite ? acc_t(1) / (norm < shortest ? shortest : norm) : std::numeric_limits<acc_t>::quiet_NaN();
+  }
+}
+
+// The best candidate of a row so far. NaN is never better.
+template <typename acc_t>
+struct Best {
+  acc_t value = -std::numeric_limits<acc_t>::infinity();
+  int32_t token = kNobody;
+
+  __device__ void offer(acc_t other, int32_t other_token) {
+    if (other > value || (other == value && other_token < token)) {
+      value = other;
+      token = other_token;
+    }
+  }
+};
+
+template <typename value_t, typename acc_t, bool kTf32>
+__global__ void __launch_bounds__(tile::kThreads)
+    match_kernel(NearestTokenParams params, int tiles, bool vectors, NearestWorkspace<value_t, acc_t> sorted,
+                 acc_t* similarity,  // [batch, tokens]
+                 int64_t* index) {   // [batch, tokens]
+  using Fragment = tile::Fragment<acc_t>;
+  const int64_t n = params.patches();
+  const int64_t image = blockIdx.x / tiles;
+  // Tiles of high ranks have the most candidates: they start first.
+  const int64_t row = static_cast<int64_t>(tiles - 1 - static_cast<int>(blockIdx.x % tiles)) * tile::kRows;
+  const tile::Rows<value_t> rows{sorted.rows + image * n * params.channels, params.channels, n};
+  const acc_t* inverse = sorted.inverse + image * n;
+  const int32_t* tokens = sorted.tokens + image * n;
+  const int32_t* columns = sorted.columns + image * n;
+
+  int limit[2];  // of this thread's two rows
+  Best<acc_t> best[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t place = row + Fragment::row(2 * half);
+    limit[half] = place < n ? columns[place] : 0;
+  }
+  const int64_t last = row + tile::kRows < n ? row + tile::kRows - 1 : n - 1;
+  for (int64_t column = 0; column < columns[last]; column += tile::kRows) {
+    Fragment dot;
+    tile::product<kTf32>(dynamic_shared(), rows, row, rows, column, static_cast<int>(params.channels), vectors, dot);
+#pragma unroll
+    for (int j = 0; j < Fragment::kGroups; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t place = column + Fragment::column(j, i);
+        if (place < limit[i / 2]) best[i / 2].offer(dot.value[j][i] * inverse[place], tokens[place]);
+      }
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int lanes = 1; lanes < 4; lanes *= 2) {  // the four that share a row
+      const acc_t value = __shfl_xor_sync(0xffffffffu, best[half].value, lanes);
+      const int32_t token = __shfl_xor_sync(0xffffffffu, best[half].token, lanes);
+      best[half].offer(value, token);
+    }
+    const int64_t place = row + Fragment::row(2 * half);
+    if (threadIdx.x % 4 == 0 && place < n) {
+      const acc_t cosine = best[half].value * inverse[place];
+      const bool found = best[half].token != kNobody && cosine == cosine;
+      similarity[image * params.tokens + tokens[place]] = found ? cosine : acc_t(-1);
+      index[image * params.tokens + tokens[place]] = found ? best[half].token : -1;
+    }
+  }
+}
+
+template <bool kTf32, typename value_t, typename acc_t>
+cudaError_t launch_match(const NearestTokenParams& params, const NearestWorkspace<value_t, acc_t>& sorted,
+                         acc_t* similarity, int64_t* index, cudaStream_t stream) {
+  const int64_t tiles = ceil_div<int64_t>(params.patches(), tile::kRows);
+  const bool vectors = tile::can_copy_vectors(sorted.rows, {params.channels});
+  return launch(match_kernel<value_t, acc_t, kTf32>, static_cast<unsigned>(params.batch * tiles), tile::kThreads,
+                tile::shared_bytes<value_t>(), stream, params, static_cast<int>(tiles), vectors, sorted, similarity,
+                index);
+}
+
+}  // namespace nearest
+
+template <typename value_t, typename acc_t>
+cudaError_t launch_nearest(const NearestTokenParams& params, bool allow_tf32, const value_t* metric,
+                           const int64_t* rank, const NearestWorkspace<value_t, acc_t>& sorted, acc_t* similarity,
+                           int64_t* index, cudaStream_t stream) {
+  if (params.batch == 0) return cudaSuccess;
+  const int64_t rows = params.batch * params.tokens;
+  const cudaError_t error =
+      launch(nearest::sort_kernel<value_t, acc_t>, static_cast<unsigned>(ceil_div<int64_t>(rows, nearest::kSortWarps)),
+             nearest::kSortThreads, 0, stream, params, metric, rank, sorted, similarity, index);
+  if (error != cudaSuccess || params.patches() == 0) return error;
+  if constexpr (sizeof(value_t) == sizeof(float)) {
+    if (allow_tf32) return nearest::launch_match<true>(params, sorted, similarity, index, stream);
+  }
+  return nearest::launch_match<false>(params, sorted, similarity, index, stream);
+}
+
+}  // namespace tokenprune

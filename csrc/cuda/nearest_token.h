@@ -1,0 +1,17 @@
+// What `bipartite_match` takes from `nearest_token`.
+#pragma once
+
+#include <tuple>
+
+#include "../ops/nearest_token_params.h"
+#include "adapter.h"
+
+namespace tokenprune {
+
+// Similarity and position of the most similar patch token of lower rank. Arguments are checked and contiguous.
+std::tuple<Tensor, Tensor> nearest_cuda(const NearestTokenParams& params,
+                                        const Tensor& metric,  // [batch, tokens, channels]
+                                        const Tensor& rank,    // [batch, tokens]
+                                        cudaStream_t stream);
+
+}  // namespace tokenprune
