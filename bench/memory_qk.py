@@ -1,4 +1,4 @@
-"""Peak memory of the operators that score from queries and keys, beyond their inputs: the process's peak before and after.
+"""Peak memory of the operators that score from queries and keys, beyond their inputs: the process before and after.
 
 The attention matrix of the default shape would be 2 GB in float32.
 """
@@ -38,9 +38,8 @@ def main(op: str, device: str, batch: int, heads: int, tokens: int, dtype: str) 
     before = peak_mb(device)
     calls[op](q, k)
     matrix = batch * heads * tokens**2 * q.element_size() / 2**20
-    print(
-        f"{op} B={batch} H={heads} N={tokens} {dtype} {device}: {peak_mb(device) - before:.1f} MiB (matrix: {matrix:.0f})"
-    )
+    extra = peak_mb(device) - before
+    print(f"{op} B={batch} H={heads} N={tokens} {dtype} {device}: {extra:.1f} MiB (the matrix: {matrix:.0f})")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 import pytest
 import torch
@@ -85,17 +85,13 @@ class Sample:
     simt: bool = True  # False: would take too long on the host, and covers nothing there that the others do not
 
 
-def is_floating(arg: Any) -> bool:
+def is_floating(arg: object) -> bool:
     """Tensors of positions keep their dtype and have no gradient."""
     return isinstance(arg, Tensor) and arg.is_floating_point()
 
 
 def cast(tensor: Tensor | None, backend: Backend, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(device=backend.device, dtype=dtype)
-
-
-def is_floating(value: object) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def strided(tensor: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What the operators that score tokens from queries and keys share: checks, the matrix their references form, gradients."""
+"""What the operators that score from queries and keys share: checks, the matrix of their references, gradients."""
 
 from __future__ import annotations
 

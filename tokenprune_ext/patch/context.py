@@ -12,8 +12,8 @@ from torch import Tensor
 class AttentionContext:
     """The attention of one block, for one forward. Carries no gradient: which tokens stay is not differentiable.
 
-    The attention matrix is not part of it, and no method forms it: the operators ``attn_colsum_qk`` and ``wpr_qk`` score
-    from ``q`` and ``k``.
+    The attention matrix is not part of it, and no method forms it: ``ops.attn_colsum_qk`` and ``ops.wpr_qk`` score from
+    ``q`` and ``k``.
 
     When methods that merge tokens come, the number of patches each token stands for (``[B, N]``) belongs here and in
     :class:`Reduced`.
