@@ -1,103 +1,118 @@
-// Moves tokens: copies the prefix and the kept ones, a warp a token; and forms the fused token.
+// Selection, copies and the fused token in one launch. Several blocks share an image when there are few images: each
+// selects for itself, which costs less than waiting for another, and then moves its part of the tokens.
 #pragma once
 
-#include "../../ops/topk_gather_params.h"
-#include "common.cuh"
+#include <algorithm>
+
+#include "select.cuh"
 
 namespace tokenprune {
 namespace gather {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = select::kThreads;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kPerLane = 2;
-constexpr int kChannels = kPerLane * kWarpSize;  // channels of the fused token a block sums
+constexpr int kChannels = kPerLane * kWarpSize;  // channels of the fused token a block sums at a time
+constexpr int kMaxParts = 16;                    // blocks of an image
 
-// `unit_t` is what one lane moves at a time; a row is `units` of them.
+// Copies the prefix and the kept tokens, a warp a token. `unit_t` is what a lane moves at a time.
 template <typename unit_t>
-__global__ void __launch_bounds__(kThreads) copy_kernel(TopkGatherParams params, int64_t units,
-                                                        const unit_t* x,      // [batch, tokens, units]
-                                                        const int64_t* kept,  // [batch, keep]
-                                                        unit_t* out) {        // [batch, tokens_out, units]
+__device__ void copy_tokens(const TopkGatherParams& params, int64_t units,
+                            const unit_t* x,       // [tokens, units]
+                            const int32_t* order,  // [patches]: the kept ones first
+                            unit_t* out) {         // [tokens_out, units]
   const int64_t rows = params.num_prefix + params.keep;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
-  if (row >= params.batch * rows) return;
-  const int64_t image = row / rows;
-  const int64_t place = row % rows;
-  const int64_t token = place < params.num_prefix ? place : kept[image * params.keep + place - params.num_prefix];
-  x += (image * params.tokens + token) * units;
-  out += (image * params.tokens_out() + place) * units;
-  for (int64_t i = threadIdx.x % kWarpSize; i < units; i += kWarpSize) out[i] = x[i];
+  const int64_t step = static_cast<int64_t>(gridDim.y) * kWarps;
+  for (int64_t row = blockIdx.y * kWarps + threadIdx.x / kWarpSize; row < rows; row += step) {
+    const int64_t token = row < params.num_prefix ? row : order[row - params.num_prefix];
+    for (int64_t i = threadIdx.x % kWarpSize; i < units; i += kWarpSize) out[row * units + i] = x[token * units + i];
+  }
 }
 
-// The fused token: sum of weight * token over the dropped tokens, divided by `divisor`. Warps share the tokens out, and
-// their sums are added in order.
-template <typename value_t, typename acc_t>
-__global__ void __launch_bounds__(kThreads) fuse_kernel(TopkGatherParams params, int tiles, acc_t divisor,
-                                                        const value_t* x,        // [batch, tokens, channels]
-                                                        const acc_t* weights,    // [batch, tokens], or null: ones
-                                                        const int32_t* dropped,  // [batch, dropped]
-                                                        value_t* out) {          // [batch, tokens_out, channels]
+// The fused token: the sum of the dropped tokens, weighted by their scores, or their mean. Warps share the tokens out,
+// and their sums are added in order.
+template <typename value_t, typename acc_t, typename score_t>
+__device__ void fuse_tokens(const TopkGatherParams& params,
+                            const value_t* x,        // [tokens, channels]
+                            const score_t* scores,   // [tokens]
+                            const int32_t* dropped,  // [dropped]
+                            value_t* fused) {        // [channels]
   TOKENPRUNE_SHARED(acc_t, partial, kWarps * kChannels);
-  const int64_t image = blockIdx.x / tiles;
-  const int64_t tile = static_cast<int64_t>(blockIdx.x % tiles) * kChannels;
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const int64_t count = params.dropped();
-  x += image * params.tokens * params.channels;
-  dropped += image * count;
-  out += ((image + 1) * params.tokens_out() - 1) * params.channels;
-
-  acc_t sums[kPerLane] = {};
-  for (int64_t i = warp; i < count; i += kWarps) {
-    const int64_t token = dropped[i];
-    const acc_t weight = weights ? weights[image * params.tokens + token] : acc_t(1);
+  const bool weighted = params.fuse == Fuse::kWeighted;
+  for (int64_t tile = blockIdx.y * kChannels; tile < params.channels; tile += gridDim.y * kChannels) {
+    acc_t sums[kPerLane] = {};
+    for (int64_t i = warp; i < count; i += kWarps) {
+      const int64_t token = dropped[i];
+      const acc_t weight = weighted ? static_cast<acc_t>(scores[token]) : acc_t(1);
 #pragma unroll
-    for (int j = 0; j < kPerLane; ++j) {
-      const int64_t c = tile + j * kWarpSize + lane;
-      if (c < params.channels) sums[j] += weight * to_acc<acc_t>(x[token * params.channels + c]);
+      for (int j = 0; j < kPerLane; ++j) {
+        const int64_t c = tile + j * kWarpSize + lane;
+        if (c < params.channels) sums[j] += weight * to_acc<acc_t>(x[token * params.channels + c]);
+      }
     }
-  }
 #pragma unroll
-  for (int j = 0; j < kPerLane; ++j) partial[warp * kChannels + j * kWarpSize + lane] = sums[j];
-  __syncthreads();
-  for (int c = threadIdx.x; c < kChannels && tile + c < params.channels; c += kThreads) {
-    out[tile + c] = from_acc<value_t>(column_total<kWarps, kChannels>(partial, c) / divisor);
+    for (int j = 0; j < kPerLane; ++j) partial[warp * kChannels + j * kWarpSize + lane] = sums[j];
+    __syncthreads();
+    const acc_t divisor = weighted ? acc_t(1) : static_cast<acc_t>(count);
+    for (int c = threadIdx.x; c < kChannels && tile + c < params.channels; c += kThreads) {
+      fused[tile + c] = from_acc<value_t>(column_total<kWarps, kChannels>(partial, c) / divisor);
+    }
+    __syncthreads();  // partial may be written again
   }
 }
 
-template <typename unit_t>
-cudaError_t launch_copy(const TopkGatherParams& params, int64_t row_bytes, const void* x, const int64_t* kept,
-                        void* out, cudaStream_t stream) {
-  const int64_t rows = params.batch * (params.num_prefix + params.keep);
-  return launch(copy_kernel<unit_t>, static_cast<unsigned>(ceil_div<int64_t>(rows, kWarps)), kThreads, 0, stream,
-                params, row_bytes / static_cast<int64_t>(sizeof(unit_t)), static_cast<const unit_t*>(x), kept,
-                static_cast<unit_t*>(out));
+template <typename unit_t, typename value_t, typename acc_t, typename score_t>
+__global__ void __launch_bounds__(kThreads) kernel(TopkGatherParams params,
+                                                   const value_t* x,       // [batch, tokens, channels]
+                                                   const score_t* scores,  // [batch, tokens]
+                                                   value_t* out,           // [batch, tokens_out, channels]
+                                                   int64_t* index) {       // [batch, keep]
+  int32_t* order = reinterpret_cast<int32_t*>(dynamic_shared());           // [patches]: the kept ones first
+  const int64_t image = blockIdx.x;
+  x += image * params.tokens * params.channels;
+  scores += image * params.tokens;
+  out += image * params.tokens_out() * params.channels;
+  index += image * params.keep;
+  select::split(scores + params.num_prefix, params.tokens - params.num_prefix, params.keep,
+                [&](int64_t i, int64_t place, bool stays) {
+                  order[stays ? place : params.keep + place] = static_cast<int32_t>(i + params.num_prefix);
+                  if (stays && blockIdx.y == 0) index[place] = i + params.num_prefix;
+                });
+  __syncthreads();
+  const int64_t units = params.channels * static_cast<int64_t>(sizeof(value_t)) / static_cast<int64_t>(sizeof(unit_t));
+  copy_tokens(params, units, reinterpret_cast<const unit_t*>(x), order, reinterpret_cast<unit_t*>(out));
+  if (params.has_fused()) {
+    fuse_tokens<value_t, acc_t>(params, x, scores, order + params.keep,
+                                out + (params.tokens_out() - 1) * params.channels);
+  }
 }
 
 }  // namespace gather
 
-// Copies in the widest units that rows and pointers are aligned to.
-template <typename value_t>
-cudaError_t launch_gather(const TopkGatherParams& params, const value_t* x, const int64_t* kept, value_t* out,
-                          cudaStream_t stream) {
-  if (params.batch == 0 || params.channels == 0) return cudaSuccess;
-  const int64_t row_bytes = params.channels * static_cast<int64_t>(sizeof(value_t));
-  const auto aligned = [&](uint64_t bytes) {
-    return row_bytes % bytes == 0 && reinterpret_cast<uint64_t>(x) % bytes == 0 &&
-           reinterpret_cast<uint64_t>(out) % bytes == 0;
-  };
-  if (aligned(sizeof(uint4))) return gather::launch_copy<uint4>(params, row_bytes, x, kept, out, stream);
-  return gather::launch_copy<value_t>(params, row_bytes, x, kept, out, stream);
-}
-
-template <typename value_t, typename acc_t>
-cudaError_t launch_fuse(const TopkGatherParams& params, const value_t* x, const acc_t* weights, const int32_t* dropped,
-                        value_t* out, cudaStream_t stream) {
-  if (params.batch == 0 || params.channels == 0 || !params.has_fused()) return cudaSuccess;
-  const int64_t tiles = ceil_div<int64_t>(params.channels, gather::kChannels);
-  const acc_t divisor = params.fuse == Fuse::kMean ? static_cast<acc_t>(params.dropped()) : acc_t(1);
-  return launch(gather::fuse_kernel<value_t, acc_t>, static_cast<unsigned>(params.batch * tiles), gather::kThreads, 0,
-                stream, params, static_cast<int>(tiles), divisor, x, weights, dropped, out);
+// Copies in units of 16 bytes where rows and pointers allow it.
+template <typename acc_t, typename value_t, typename score_t>
+cudaError_t launch_topk_gather(const TopkGatherParams& params, const value_t* x, const score_t* scores, value_t* out,
+                               int64_t* index, cudaStream_t stream) {
+  if (params.batch == 0) return cudaSuccess;
+  int device = 0, multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  const int64_t rows = params.num_prefix + params.keep;
+  const int64_t parts =
+      std::clamp<int64_t>(2 * multiprocessors / params.batch, 1,
+                          std::min<int64_t>(gather::kMaxParts, ceil_div<int64_t>(rows, gather::kWarps)));
+  const bool aligned = params.channels * sizeof(value_t) % sizeof(uint4) == 0 &&
+                       reinterpret_cast<uint64_t>(x) % sizeof(uint4) == 0 &&
+                       reinterpret_cast<uint64_t>(out) % sizeof(uint4) == 0;
+  auto* kernel =
+      aligned ? gather::kernel<uint4, value_t, acc_t, score_t> : gather::kernel<value_t, value_t, acc_t, score_t>;
+  const dim3 grid(static_cast<unsigned>(params.batch), static_cast<unsigned>(parts));
+  const int64_t order_bytes = (params.tokens - params.num_prefix) * static_cast<int64_t>(sizeof(int32_t));
+  return launch(kernel, grid, gather::kThreads, order_bytes, stream, params, x, scores, out, index);
 }
 
 }  // namespace tokenprune

@@ -84,19 +84,13 @@ __device__ auto find_threshold(const score_t* scores, int64_t n, int64_t keep, i
   return Threshold<key_t>{prefix, wanted};
 }
 
-template <typename score_t>
-__global__ void __launch_bounds__(kThreads) kernel(TopkGatherParams params,
-                                                   const score_t* scores,  // [batch, tokens]
-                                                   int64_t* kept,          // [batch, keep]
-                                                   int32_t* dropped) {     // [batch, dropped]
+// Splits the block's n scores: visit(i, place, stays) for each, where `place` counts the kept or the dropped ones
+// before it. All threads of the block take part; barriers inside.
+template <typename score_t, typename Visit>
+__device__ void split(const score_t* scores, int64_t n, int64_t keep, const Visit& visit) {
   TOKENPRUNE_SHARED(int, buckets, kBuckets);
   TOKENPRUNE_SHARED(int, warp_counts, kWarps);
-  const int64_t n = params.tokens - params.num_prefix;
-  scores += blockIdx.x * params.tokens + params.num_prefix;
-  kept += blockIdx.x * params.keep;
-  dropped += blockIdx.x * params.dropped();
-
-  const auto threshold = find_threshold(scores, n, params.keep, buckets);
+  const auto threshold = find_threshold(scores, n, keep, buckets);
   int64_t kept_so_far = 0;
   int64_t ties_so_far = 0;
   for (int64_t base = 0; base < n; base += kThreads) {
@@ -109,14 +103,27 @@ __global__ void __launch_bounds__(kThreads) kernel(TopkGatherParams params,
     const bool stays = valid && (key > threshold.key || (tie && ties_so_far + ties_before < threshold.ties));
     int stay = 0;
     const int64_t before = kept_so_far + count_before(stays, warp_counts, &stay);
-    if (stays) {
-      kept[before] = i + params.num_prefix;
-    } else if (valid) {
-      dropped[i - before] = static_cast<int32_t>(i + params.num_prefix);
-    }
+    if (valid) visit(i, stays ? before : i - before, stays);
     kept_so_far += stay;
     ties_so_far += ties;
   }
+}
+
+template <typename score_t>
+__global__ void __launch_bounds__(kThreads) kernel(TopkGatherParams params,
+                                                   const score_t* scores,  // [batch, tokens]
+                                                   int64_t* kept,          // [batch, keep]
+                                                   int32_t* dropped) {     // [batch, dropped]
+  scores += blockIdx.x * params.tokens + params.num_prefix;
+  kept += blockIdx.x * params.keep;
+  dropped += blockIdx.x * params.dropped();
+  split(scores, params.tokens - params.num_prefix, params.keep, [&](int64_t i, int64_t place, bool stays) {
+    if (stays) {
+      kept[place] = i + params.num_prefix;
+    } else {
+      dropped[place] = static_cast<int32_t>(i + params.num_prefix);
+    }
+  });
 }
 
 }  // namespace select
