@@ -43,13 +43,16 @@ struct Access {
   Kind kind = Kind::kNone;
 };
 
-struct Cell {  // one byte of memory
+// Two bytes of memory, the smallest numbers that kernels use: threads that write the two bytes apart would be taken for
+// a race.
+struct Cell {
   Access write;
   Access reads[2];  // of two different threads, where two have read
 };
 
-constexpr uintptr_t kPageBytes = 1024;
-using Page = std::array<Cell, kPageBytes>;
+constexpr uintptr_t kCellBytes = 2;
+constexpr uintptr_t kPageBytes = 2048;
+using Page = std::array<Cell, kPageBytes / kCellBytes>;
 
 // A thread's own clock, and how much of the clock of each lane of its warp it has seen.
 struct Clocks {
@@ -77,7 +80,7 @@ Cell& cell_of(uintptr_t at) {
     last = at / kPageBytes;
     pages_changed = false;
   }
-  return (*page)[at % kPageBytes];
+  return (*page)[at % kPageBytes / kCellBytes];
 }
 
 bool ordered(const Access& before) {
@@ -135,7 +138,7 @@ void check(const void* memory, size_t bytes, Kind kind, uintptr_t code) {
   now.clock = clocks[thread].own;
   now.thread = static_cast<int16_t>(thread);
   now.kind = kind;
-  for (const uintptr_t end = at + bytes; at < end; ++at) {
+  for (const uintptr_t end = at + bytes; at < end; at += kCellBytes) {
     Cell& cell = cell_of(at);
     const bool both_atomic = kind == Kind::kAtomic && cell.write.kind == Kind::kAtomic;
     if (!both_atomic && !ordered(cell.write)) conflict(cell.write, now, memory);

@@ -67,6 +67,32 @@ __device__ inline acc_t max_nan(acc_t a, acc_t b) {
   return (a != a || a > b) ? a : b;
 }
 
+// Shared memory for copy_to_shared(): `count` numbers, and room to begin where 16-byte copies are aligned.
+template <typename value_t>
+constexpr int64_t copied_bytes(int64_t count) {
+  return count * static_cast<int64_t>(sizeof(value_t)) + 16;
+}
+
+// Copies `count` numbers that lie side by side to shared memory, 16 bytes at a time but for the ends, and returns where
+// they begin. `base` is aligned to 16 bytes. For all threads of the block; a barrier has to follow.
+template <int kThreads, typename value_t>
+__device__ value_t* copy_to_shared(unsigned char* base, const value_t* from, int64_t count) {
+  constexpr int64_t kPerCopy = 16 / static_cast<int64_t>(sizeof(value_t));
+  const int64_t offset = static_cast<int64_t>(reinterpret_cast<uint64_t>(from) % 16 / sizeof(value_t));
+  value_t* to = reinterpret_cast<value_t*>(base) + offset;
+  const int64_t before = (kPerCopy - offset) % kPerCopy;
+  const int64_t head = before < count ? before : count;
+  const int64_t copies = (count - head) / kPerCopy;
+  for (int64_t i = threadIdx.x; i < copies; i += kThreads) {
+    cp_async_16(to + head + i * kPerCopy, from + head + i * kPerCopy, true);
+  }
+  cp_async_commit();
+  for (int64_t i = threadIdx.x; i < head; i += kThreads) to[i] = from[i];
+  for (int64_t i = head + copies * kPerCopy + threadIdx.x; i < count; i += kThreads) to[i] = from[i];
+  cp_async_wait<0>();
+  return to;
+}
+
 // Whether a block of the current device can have this much shared memory.
 inline cudaError_t fits_shared_memory(int64_t bytes, bool* fits) {
   int device = 0, limit = 0;

@@ -28,7 +28,7 @@ template <typename value_t, typename acc_t>
 __global__ void __launch_bounds__(kThreads) kernel(HeadAggregateParams params,
                                                    const value_t* scores,  // [batch, heads, n]
                                                    acc_t* out) {           // [batch, n]
-  unsigned char* keep = dynamic_shared();                                  // [heads]
+  int* keep = reinterpret_cast<int*>(dynamic_shared());                    // [heads]
   TOKENPRUNE_SHARED(acc_t, scratch, kWarps);
   const int64_t n = params.tokens;
   const int64_t patches = n - params.num_prefix;
@@ -64,7 +64,7 @@ cudaError_t launch_head_aggregate(const HeadAggregateParams& params, const value
                                   cudaStream_t stream) {
   if (params.batch == 0) return cudaSuccess;
   return launch(head_aggregate::kernel<value_t, acc_t>, static_cast<unsigned>(params.batch), head_aggregate::kThreads,
-                params.heads, stream, params, scores, out);
+                params.heads * static_cast<int64_t>(sizeof(int)), stream, params, scores, out);
 }
 
 }  // namespace tokenprune

@@ -33,14 +33,15 @@ __device__ acc_t step(const value_t* attn,  // [n, n]
                       int n,
                       const acc_t* s,  // [n]
                       acc_t* next,     // [n]
-                      acc_t* partial) {
+                      acc_t* partial,
+                      const acc_t* row_scale) {  // [n], or null: ones
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   acc_t change = 0;
   for (int tile = 0; tile < n; tile += kColumns) {
     acc_t sums[kPerLane] = {};
     for (int q = warp; q < n; q += kWarps) {
-      const acc_t weight = s[q];
+      const acc_t weight = row_scale ? s[q] * row_scale[q] : s[q];
       const value_t* row = attn + static_cast<int64_t>(q) * n;
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
@@ -62,6 +63,16 @@ __device__ acc_t step(const value_t* attn,  // [n, n]
   return change;
 }
 
+// Where a staged matrix begins in shared memory, and how much it needs with all before it.
+template <typename acc_t>
+constexpr int64_t staged_offset(int64_t tokens) {
+  return ceil_div<int64_t>(scratch_bytes<acc_t>() + staged_scores_bytes<acc_t>(tokens), 16) * 16;
+}
+template <typename value_t, typename acc_t>
+constexpr int64_t staged_bytes(int64_t tokens) {
+  return staged_offset<acc_t>(tokens) + copied_bytes<value_t>(tokens * tokens);
+}
+
 // The shared memory of an iteration, staged_scores_bytes + scratch_bytes in this order.
 template <typename acc_t>
 struct Scratch {
@@ -76,8 +87,9 @@ struct Scratch {
 // All iterations of the block's matrix [n, n]. Begins and ends with barriers.
 template <typename value_t, typename acc_t>
 __device__ void iterate(const WprParams& params, const value_t* attn, Scratch<acc_t> scratch,
-                        const acc_t* start,  // [n], [matrices, n] or null: ones
-                        acc_t* out) {        // [n]
+                        const acc_t* row_scale,  // [n] factors of the rows, or null: ones
+                        const acc_t* start,      // [n], [matrices, n] or null: ones
+                        acc_t* out) {            // [n]
   const int n = static_cast<int>(params.tokens);
   const int64_t matrix = blockIdx.x;
   acc_t* s = scratch.s;
@@ -87,7 +99,7 @@ __device__ void iterate(const WprParams& params, const value_t* attn, Scratch<ac
 
   const acc_t threshold = static_cast<acc_t>(params.threshold);
   for (int64_t iteration = 0; iteration < params.max_iters; ++iteration) {
-    const acc_t change = block_sum<kThreads>(step(attn, n, s, next, scratch.partial), scratch.warp_sums);
+    const acc_t change = block_sum<kThreads>(step(attn, n, s, next, scratch.partial, row_scale), scratch.warp_sums);
     std::swap(s, next);
     if (change <= threshold) break;  // the same for every thread
   }
@@ -109,14 +121,12 @@ __global__ void __launch_bounds__(kThreads) kernel(WprParams params,
 
   Scratch<acc_t> scratch(reinterpret_cast<acc_t*>(dynamic_shared()), n);
   if constexpr (kStaged) {
-    value_t* staged = reinterpret_cast<value_t*>(scratch.next + n);
-    for (int64_t i = threadIdx.x; i < static_cast<int64_t>(n) * n; i += kThreads) staged[i] = attn[i];
-    attn = staged;
+    attn = copy_to_shared<kThreads>(dynamic_shared() + staged_offset<acc_t>(n), attn, static_cast<int64_t>(n) * n);
   } else {
     scratch.s = out;
     scratch.next = workspace + matrix * n;
   }
-  iterate(params, attn, scratch, start, out);
+  iterate<value_t, acc_t>(params, attn, scratch, nullptr, start, out);
 }
 
 }  // namespace wpr
@@ -124,9 +134,7 @@ __global__ void __launch_bounds__(kThreads) kernel(WprParams params,
 // Whether a matrix is staged in shared memory on the current device: then no workspace is needed.
 template <typename value_t, typename acc_t>
 cudaError_t wpr_fits(const WprParams& params, bool* fits) {
-  const int64_t bytes = wpr::scratch_bytes<acc_t>() + wpr::staged_scores_bytes<acc_t>(params.tokens) +
-                        params.tokens * params.tokens * static_cast<int64_t>(sizeof(value_t));
-  return fits_shared_memory(bytes, fits);
+  return fits_shared_memory(wpr::staged_bytes<value_t, acc_t>(params.tokens), fits);
 }
 
 template <typename value_t, typename acc_t>
@@ -134,11 +142,7 @@ cudaError_t launch_wpr(const WprParams& params, bool fits, const value_t* attn, 
                        acc_t* out, cudaStream_t stream) {
   if (params.matrices == 0) return cudaSuccess;
   auto* kernel = fits ? wpr::kernel<value_t, acc_t, true> : wpr::kernel<value_t, acc_t, false>;
-  int64_t bytes = wpr::scratch_bytes<acc_t>();
-  if (fits) {
-    bytes += wpr::staged_scores_bytes<acc_t>(params.tokens) +
-             params.tokens * params.tokens * static_cast<int64_t>(sizeof(value_t));
-  }
+  const int64_t bytes = fits ? wpr::staged_bytes<value_t, acc_t>(params.tokens) : wpr::scratch_bytes<acc_t>();
   return launch(kernel, static_cast<unsigned>(params.matrices), wpr::kThreads, bytes, stream, params, attn, start,
                 workspace, out);
 }

@@ -20,12 +20,16 @@ struct Resident<__nv_bfloat16> {
   using type = __half;
 };
 
-// The tiles of q and k come first; the iteration uses their place again.
+// The factors of the rows come first, then the tiles of q and k, whose place the iteration uses again, then the matrix.
+template <typename acc_t>
+constexpr int64_t tiles_offset(int64_t tokens) {
+  return ceil_div<int64_t>(tokens * static_cast<int64_t>(sizeof(acc_t)), 16) * 16;
+}
 template <typename value_t, typename acc_t>
 constexpr int64_t matrix_offset(int64_t tokens) {
   const int64_t scores = wpr::scratch_bytes<acc_t>() + wpr::staged_scores_bytes<acc_t>(tokens);
   const int64_t tiles = tile::shared_bytes<value_t>();
-  return ceil_div<int64_t>(tiles > scores ? tiles : scores, 16) * 16;
+  return tiles_offset<acc_t>(tokens) + ceil_div<int64_t>(tiles > scores ? tiles : scores, 16) * 16;
 }
 template <typename value_t, typename acc_t>
 constexpr int64_t resident_bytes(int64_t tokens) {
@@ -42,8 +46,9 @@ __global__ void __launch_bounds__(wpr::kThreads, 1) resident_kernel(qk::Operands
   const QkParams& p = in.params;
   const int n = static_cast<int>(params.tokens);
   const int64_t matrix = blockIdx.x;
-  unsigned char* shared = dynamic_shared();
-  resident_t* attn = reinterpret_cast<resident_t*>(shared + matrix_offset<value_t, acc_t>(n));
+  acc_t* row_scale = reinterpret_cast<acc_t*>(dynamic_shared());
+  unsigned char* shared = dynamic_shared() + tiles_offset<acc_t>(n);
+  resident_t* attn = reinterpret_cast<resident_t*>(dynamic_shared() + matrix_offset<value_t, acc_t>(n));
 
   const auto queries = in.queries(matrix / p.heads, matrix % p.heads, n);
   const auto keys = in.keys(matrix / p.heads, matrix % p.heads);
@@ -65,8 +70,16 @@ __global__ void __launch_bounds__(wpr::kThreads, 1) resident_kernel(qk::Operands
       }
     }
   }
-  __syncthreads();  // the tiles have been read
-  wpr::iterate(params, attn, wpr::Scratch<acc_t>(reinterpret_cast<acc_t*>(shared), n), start, out + matrix * n);
+  __syncthreads();  // the tiles have been read, the matrix is there
+  // Rounding leaves rows that do not quite sum to 1; many iterations would make the scores drift.
+  for (int row = threadIdx.x / kWarpSize; row < n; row += wpr::kWarps) {
+    acc_t sum = 0;
+    for (int k = threadIdx.x % kWarpSize; k < n; k += kWarpSize) sum += to_acc<acc_t>(attn[row * n + k]);
+    for (int bit = 1; bit < kWarpSize; bit *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bit);
+    if (threadIdx.x % kWarpSize == 0) row_scale[row] = acc_t(1) / sum;
+  }
+  const wpr::Scratch<acc_t> scratch(reinterpret_cast<acc_t*>(shared), n);
+  wpr::iterate<resident_t, acc_t>(params, attn, scratch, row_scale, start, out + matrix * n);
 }
 
 // ---- Formed again in every iteration ----
