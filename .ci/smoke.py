@@ -5,12 +5,17 @@ usage: smoke.py          the libraries that can load do, their kernels are regis
 
 import importlib
 import itertools
+import sys
+from pathlib import Path
 
 import torch
 
 import tokenprune_ext
 from tokenprune_ext.info import collect, has_kernel
 from tokenprune_ext.ops import __all__ as operators
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+from operator_calls import operator_calls
 
 
 def check_libraries() -> None:
@@ -28,24 +33,7 @@ def check_libraries() -> None:
 
 
 def check_operators(device: str) -> None:
-    attn = torch.randn(2, 3, 33, 33, device=device).softmax(-1)
-    x, scores = torch.randn(2, 33, 16, device=device), torch.rand(2, 33, device=device)
-    kept = torch.tensor([[2, 5, 6, 30], [1, 2, 3, 32]], device=device)
-    dropped = torch.tensor([[7, 1, 9], [4, 5, 6]], device=device)
-    match = torch.tensor([[5, 2, 5], [3, 3, 3]], device=device)
-    rank = scores.argsort(1).argsort(1)
-    q, k = torch.randn(2, 3, 33, 16, device=device), torch.randn(2, 3, 33, 16, device=device)
-    calls = {
-        "wpr": (attn, torch.ones(33, device=device), 5, 1e-6),
-        "attn_colsum": (attn, "max", "patch", 1),
-        "head_aggregate": (torch.rand(2, 3, 33, device=device), 0.01, 0.7, 1),
-        "topk_gather": (x, scores, 10, 1, "mean"),
-        "merge_tokens": (x, scores, kept, dropped, match, 1),
-        "attn_colsum_qk": (q, k, 0.25, "max", "patch", 1),
-        "wpr_qk": (q, k, 0.25, torch.ones(33, device=device), 5, 1e-6),
-        "nearest_token": (x, rank, 1),
-        "bipartite_match": (x, scores, 10, 1, "unimportant"),
-    }
+    calls = operator_calls(device)
     assert set(calls) == set(operators), "an operator is missing here"
     for name, args in calls.items():
         reference = importlib.import_module(f"tokenprune_ext.ops.{name}").reference

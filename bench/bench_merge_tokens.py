@@ -1,6 +1,6 @@
 """Merging of tokens: the kernel against its plain-torch reference and against index_add over all images at once.
 
-Half of the patch tokens go into the other half. Shapes are DeiT-S/B at 224 and DeiT-S/B at 384.
+Half of the patch tokens go into the other half.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 import torch
 from harness import Case, main
+from shapes import token_shapes
 from torch import Tensor
 
 from tokenprune_ext import ops
 from tokenprune_ext.ops.merge_tokens import reference
 
-SHAPES = ((1, 197, 384), (8, 197, 384), (8, 197, 768), (1, 577, 384), (8, 577, 384), (8, 577, 768))
 PREFIX = 1
 
 
@@ -37,7 +37,7 @@ def index_add(x: Tensor, size: Tensor, kept: Tensor, dropped: Tensor, match: Ten
 
 
 def cases(device: str) -> Iterator[Case]:
-    for batch, tokens, channels in SHAPES:
+    for batch, tokens, channels in token_shapes(device):
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(batch, tokens, channels, device=device).to(dtype)
             size = torch.randint(1, 5, (batch, tokens), device=device).float()

@@ -1,8 +1,7 @@
 """Nearest token: the kernel against its plain-torch reference, which stores all N x N similarities.
 
 Ranks are by importance, so that a token has all the more important ones as candidates, or 0 and 1 for a kept half and
-the rest. Shapes: keys of one head (D = 64) and tokens (D = 384) of DeiT-S at 224, keys at 384. Only the similarities
-are compared: where two candidates are equal up to rounding, the positions may differ.
+the rest. Only the similarities are compared: where two candidates are equal up to rounding, the positions may differ.
 """
 
 from __future__ import annotations
@@ -11,17 +10,27 @@ from collections.abc import Iterator
 
 import torch
 from harness import Case, main
+from shapes import metric_shapes
+from torch import Tensor
 
 from tokenprune_ext import ops
 from tokenprune_ext.ops.nearest_token import reference
 
-SHAPES = ((1, 197, 64), (8, 197, 64), (1, 197, 384), (8, 197, 384), (1, 577, 64), (8, 577, 64))
+PREFIX = 1
+
+
+def _candidates(rank: Tensor) -> int:
+    """How many pairs there are of a token and one of lower rank."""
+    ordered = rank.sort(1).values
+    return int(torch.searchsorted(ordered, ordered).sum())
 
 
 def cases(device: str) -> Iterator[Case]:
-    for batch, tokens, channels in SHAPES:
+    for batch, tokens, channels in metric_shapes(device):
         order = torch.rand(batch, tokens, device=device).argsort(1)
-        for ranks, rank in (("importance", order), ("kept half", (order >= tokens // 2).long())):
+        half = (order >= tokens // 2).long()
+        for ranks, rank in (("importance", order), ("kept half", half)):
+            pairs = _candidates(rank[:, PREFIX:])
             for dtype in (torch.float32, torch.bfloat16):
                 metric = torch.randn(batch, tokens, channels, device=device).to(dtype)
                 yield Case(
@@ -29,10 +38,11 @@ def cases(device: str) -> Iterator[Case]:
                     shape={"B": batch, "N": tokens, "D": channels, "RANKS": ranks},
                     dtype=dtype,
                     variants={
-                        "kernel": lambda metric=metric, rank=rank: ops.nearest_token(metric, rank, 1)[0],
-                        "reference": lambda metric=metric, rank=rank: reference(metric, rank, 1)[0],
+                        "kernel": lambda metric=metric, rank=rank: ops.nearest_token(metric, rank, PREFIX)[0],
+                        "reference": lambda metric=metric, rank=rank: reference(metric, rank, PREFIX)[0],
                     },
                     bytes_moved=metric.numel() * metric.element_size() + rank.numel() * 20,
+                    flops=2 * channels * pairs,  # a tile in which nothing is a candidate need not be formed
                     device=device,
                 )
 

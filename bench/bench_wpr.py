@@ -1,6 +1,6 @@
 """Weighted page rank: the kernel against its plain-torch reference.
 
-tol is 0, so that every variant makes all its iterations. Shapes are DeiT-T/S/B at 224, ViT-L at 224 and DeiT-B at 384.
+tol is 0, so that every variant makes all its iterations.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from collections.abc import Iterator
 
 import torch
 from harness import Case, main
+from shapes import attention_shapes
 
 from tokenprune_ext import ops
 from tokenprune_ext.ops.wpr import reference
 
-SHAPES = ((1, 3, 197), (8, 3, 197), (8, 6, 197), (8, 12, 197), (1, 16, 257), (1, 12, 577))
-
 
 def cases(device: str) -> Iterator[Case]:
-    for batch, heads, tokens in SHAPES:
+    for batch, heads, tokens in attention_shapes(device):
         for iters in (1, 5, 30):
             for dtype in (torch.float32, torch.bfloat16):
                 attn = torch.randn(batch, heads, tokens, tokens, device=device).softmax(-1).to(dtype)

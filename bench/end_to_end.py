@@ -1,0 +1,133 @@
+"""Whole models: dense with fused attention against every registered method at 64 % of the blocks' MACs.
+
+Random weights: they decide which tokens are kept, not how long that takes. Eager first, since compiling takes minutes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from harness import append
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from tokenprune_ext import apply, describe, methods
+from tokenprune_ext.compare import DENSE, share
+from tokenprune_ext.environment import environment
+from tokenprune_ext.latency import measure_latency
+
+MODELS = ("deit_small_patch16_224", "deit_base_patch16_224")
+BATCHES = (256, 1)
+MACS = 0.64
+EAGER = "eager"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured in one interleaved run; ``compiler`` is ``eager`` or a backend of torch.compile."""
+
+    model: str
+    batch: int
+    compiler: str
+
+
+def pruned_models(dense: nn.Module) -> dict[str, nn.Module]:
+    """Every registered method by name, on copies that share the dense model's weights."""
+    models = {}
+    for name in methods.available():
+        try:
+            models[name] = apply(share(dense), name, macs=MACS)
+        except ValueError as error:  # this method cannot do this model; others may
+            click.echo(f"{name} left out: {error}", err=True)
+    return models
+
+
+def _compiled(models: dict[str, nn.Module], backend: str) -> dict[str, nn.Module]:
+    """Each as one graph. To torch they are variants of one forward: beyond a limit it would give up."""
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(models))
+    return {name: torch.compile(model, backend=backend, fullgraph=True) for name, model in models.items()}
+
+
+def end_to_end(dense: nn.Module, setting: Setting, device: str, dtype: torch.dtype, budget_s: float) -> list[dict]:
+    """One record for the dense model and one a method.
+
+    ``speedup`` is over dense in the same run; ``ideal`` is what it would be if time went with the whole model's MACs.
+    """
+    dense = dense.eval().to(device, dtype)
+    fused = [module.fused_attn for module in dense.modules() if hasattr(module, "fused_attn")]
+    assert fused, "no attention found in the dense model"
+    assert all(fused), "the dense model must use fused attention: TIMM_FUSED_ATTN=1"
+    models = {DENSE: dense, **pruned_models(dense)}
+    macs = {name: describe(model) for name, model in models.items()}
+    if setting.compiler != EAGER:
+        models = _compiled(models, setting.compiler)
+    size = macs[DENSE].input_size
+    images = torch.randn(setting.batch, 3, *size, device=device, dtype=dtype)
+    latency = measure_latency(models, images, budget_s=budget_s)
+    records = []
+    for name, found in latency.items():
+        ideal = macs[name].dense_model_macs / macs[name].model_macs
+        records.append(
+            {
+                "model": setting.model,
+                "method": name,
+                "batch": setting.batch,
+                "compiler": setting.compiler,
+                "dtype": str(dtype).removeprefix("torch."),
+                "median_s": found.median_s,
+                "q20_s": found.q20_s,
+                "q80_s": found.q80_s,
+                "rounds": len(found.rounds_s),
+                "images_per_s": found.images_per_s,
+                "blocks_macs_fraction": macs[name].blocks_macs / macs[name].dense_blocks_macs,
+                "speedup": found.speedup,
+                "ideal": ideal,
+                "of_ideal": found.speedup / ideal,
+            }
+        )
+    return records
+
+
+def show(records: list[dict[str, Any]]) -> None:
+    table = Table("model", "batch", "compiler", "method", "median ms", "speed-up", "ideal", "of ideal")
+    for record in records:
+        table.add_row(
+            record["model"],
+            str(record["batch"]),
+            record["compiler"],
+            record["method"],
+            f"{record['median_s'] * 1e3:.3f}",
+            *(f"{record[key]:.3f} x" for key in ("speedup", "ideal")),
+            f"{record['of_ideal']:.1%}",
+        )
+    Console(width=120).print(table)
+
+
+@click.command(help=__doc__)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cuda", show_default=True)
+@click.option(
+    "--budget", type=click.FloatRange(0), default=5.0, show_default=True, help="Seconds a run of all methods."
+)
+@click.option("--output", type=click.Path(path_type=Path), help="Append the records to this JSON-lines file.")
+def main(device: str, budget: float, output: Path | None) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    where = environment(torch.device(device))
+    dense = {name: timm.create_model(name, pretrained=False) for name in MODELS}
+    for compiler, name, batch in itertools.product((EAGER, "inductor"), MODELS, BATCHES):
+        records = end_to_end(dense[name], Setting(name, batch, compiler), device, torch.bfloat16, budget)
+        show(records)
+        if output:
+            append(output, records, where)
+
+
+if __name__ == "__main__":
+    main()
