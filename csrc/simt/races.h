@@ -1,8 +1,8 @@
 // Finds accesses that no barrier orders. The kernels of the build `races` are compiled with -fsanitize=thread, whose
 // calls for every load and store end here instead of in its own run time: two threads race when one of them writes,
-// they touch the same two bytes, and no __syncthreads (in the block) or __syncwarp (in the warp) stands between; threads of
-// different blocks are never ordered. The result does not depend on the order in which the threads ran.
-// In the other builds nothing is recorded.
+// they touch the same two bytes, and no __syncthreads (in the block) or __syncwarp (in the warp) stands between;
+// threads of different blocks are never ordered. The result does not depend on the order in which the threads ran. In
+// the other builds nothing is recorded.
 #pragma once
 
 #include <cstddef>
