@@ -6,13 +6,14 @@
 #include <vector>
 
 #include "attention_rows.h"
+#include "column_sums.h"
 
 namespace tokenprune {
 namespace {
 
 constexpr int64_t kPanelBytes = 16 << 20;  // packed keys held at a time; those of one image in any case
 
-// reduced[k] = row[k] * factor joined by the reduction over heads. NaN propagates.
+// reduced[k] = row[k] * factor joined by the reduction over heads; the first head starts it. NaN propagates.
 template <typename acc_t>
 TOKENPRUNE_MULTIVERSION void join_head(const acc_t* __restrict__ row, int64_t n, acc_t factor, bool max, bool first,
                                        acc_t* __restrict__ reduced) {
@@ -25,15 +26,6 @@ TOKENPRUNE_MULTIVERSION void join_head(const acc_t* __restrict__ row, int64_t n,
     }
   } else {
     for (int64_t k = 0; k < n; ++k) reduced[k] += row[k] * factor;
-  }
-}
-
-template <typename acc_t>
-TOKENPRUNE_MULTIVERSION void add_rows(const acc_t* __restrict__ rows, int64_t count, int64_t stride, int64_t n,
-                                      acc_t* __restrict__ out) {
-  for (int64_t k = 0; k < n; ++k) out[k] = rows[k];
-  for (int64_t r = 1; r < count; ++r) {
-    for (int64_t k = 0; k < n; ++k) out[k] += rows[r * stride + k];
   }
 }
 
@@ -104,16 +96,9 @@ class ColumnSums {
   }
 
   void total(int64_t first, int64_t images) {
-    const int64_t n = qk_.tokens;
-    const acc_t scale = colsum_.head_reduce == HeadReduce::kMean ? static_cast<acc_t>(qk_.heads) : acc_t(1);
     for (int64_t image = 0; image < images; ++image) {
-      acc_t* out = out_ + (first + image) * n;
-      std::fill_n(out, n, acc_t(0));
-      for (int64_t block = 0; block < blocks_; ++block) {
-        const acc_t* part = partial_.data() + (image * blocks_ + block) * n;
-        for (int64_t k = colsum_.num_prefix; k < n; ++k) out[k] += part[k];
-      }
-      for (int64_t k = colsum_.num_prefix; k < n; ++k) out[k] /= scale;
+      total_of_blocks(colsum_, partial_.data() + image * blocks_ * qk_.tokens, blocks_,
+                      out_ + (first + image) * qk_.tokens);
     }
   }
 
