@@ -11,9 +11,10 @@
 namespace tokenprune {
 namespace {
 
-// A matrix up to this size is formed once, in the cache of the thread that iterates it. A larger one is formed again in
-// every iteration, block by block, by all threads together.
-constexpr int64_t kMatrixBytes = 2 << 20;
+// A matrix up to kThreadBytes is formed once, in the cache of the thread that iterates it. Larger ones are taken one at
+// a time by all threads together: held up to kHeldBytes, formed again block by block in every iteration beyond.
+constexpr int64_t kThreadBytes = 2 << 20;
+constexpr int64_t kHeldBytes = 32 << 20;
 
 template <typename value_t, typename acc_t>
 struct Matrices {
@@ -27,7 +28,7 @@ struct Matrices {
   const value_t* keys(int64_t m) const { return k + params.qk.k_offset(m / params.qk.heads, m % params.qk.heads); }
   int64_t stride() const { return padded_columns<acc_t>(params.qk.tokens); }
   int64_t blocks() const { return (params.qk.tokens + kQueryBlock - 1) / kQueryBlock; }
-  bool small() const { return params.qk.tokens * stride() * static_cast<int64_t>(sizeof(acc_t)) <= kMatrixBytes; }
+  int64_t matrix_bytes() const { return params.qk.tokens * stride() * static_cast<int64_t>(sizeof(acc_t)); }
 };
 
 template <typename acc_t>
@@ -61,38 +62,42 @@ void iterate_small(const Matrices<value_t, acc_t>& work, int64_t begin, int64_t 
   }
 }
 
-// One matrix by all threads. `row_sums` first gets the logarithm of every row's sum; then every step forms the
-// probabilities of a block of queries and adds them up, weighted by the scores.
+// One matrix by all threads. A first pass over the blocks of queries keeps their probabilities or, when those are too
+// many, the logarithm of every row's sum. Each step sums every block, weighted by the scores, and adds the sums up in
+// order.
 template <typename value_t, typename acc_t>
 void iterate_large(const Matrices<value_t, acc_t>& work, int64_t m) {
   const QkParams& qk = work.params.qk;
-  const int64_t n = qk.tokens, blocks = work.blocks();
-  std::vector<acc_t> panels(work.stride() * qk.channels), partial(blocks * n), row_sums(n), next(n);
+  const int64_t n = qk.tokens, stride = work.stride(), blocks = work.blocks();
+  const bool held = work.matrix_bytes() <= kHeldBytes;
+  std::vector<acc_t> panels(stride * qk.channels), partial(blocks * n), next(n);
+  std::vector<acc_t> matrix(held ? n * stride : 0), row_sums(n);
   pack_columns(work.keys(m), qk.k_token_stride, n, qk.channels, panels.data());
-  const auto each_block = [&](const auto& visit) {
+  const auto each_block = [&](const auto& visit) {  // visit(block, its first query, how many)
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      AttentionRows<value_t, acc_t> rows(qk);
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block * kQueryBlock;
-        const int64_t count = std::min(kQueryBlock, n - first);
-        rows.form(work.queries(m), panels.data(), first, count);
-        visit(rows, block, first, count);
-      }
+      for (int64_t b = begin; b < end; ++b) visit(b, b * kQueryBlock, std::min(kQueryBlock, n - b * kQueryBlock));
     });
   };
-  each_block([&](auto& rows, int64_t, int64_t first, int64_t count) {
+  each_block([&](int64_t, int64_t first, int64_t count) {
+    AttentionRows<value_t, acc_t> rows(qk);
+    rows.form(work.queries(m), panels.data(), first, count);
     for (int64_t r = 0; r < count; ++r) {
       acc_t shift = 0;
       const acc_t sum = rows.softmax_terms(r, &shift);
       row_sums[first + r] = shift + std::log(sum);
+      if (held) scale_row(rows.row(r), n, acc_t(1) / sum, matrix.data() + (first + r) * stride);
     }
   });
   acc_t* s = work.scores + m * n;
   power_start(work.params.wpr, work.start, m, s);
   power_iterate(work.params.wpr, s, next.data(), [&](const acc_t* from, acc_t* to) {
-    each_block([&](auto& rows, int64_t block, int64_t first, int64_t count) {
+    each_block([&](int64_t block, int64_t first, int64_t count) {
+      acc_t* sums = partial.data() + block * n;
+      if (held) return power_step(matrix.data() + first * stride, stride, from + first, count, sums, n);
+      AttentionRows<value_t, acc_t> rows(qk);
+      rows.form(work.queries(m), panels.data(), first, count);
       for (int64_t r = 0; r < count; ++r) exp_row(rows.row(r), n, row_sums[first + r]);
-      power_step(rows.row(0), rows.stride(), from + first, count, partial.data() + block * n, n);
+      power_step(rows.row(0), stride, from + first, count, sums, n);
     });
     std::fill_n(to, n, acc_t(0));
     for (int64_t block = 0; block < blocks; ++block) {
@@ -109,7 +114,7 @@ Tensor wpr_qk_cpu(Tensor q, Tensor k, double scale, std::optional<Tensor> start,
     const acc_t* first = start.has_value() ? data_ptr<acc_t>(*start) : nullptr;
     const Matrices<vectorizable_t<scalar_t>, acc_t> work{params, vector_ptr<scalar_t>(q), vector_ptr<scalar_t>(k),
                                                          first, data_ptr<acc_t>(out)};
-    if (work.small()) {
+    if (work.matrix_bytes() <= kThreadBytes) {
       torch::stable::parallel_for(0, params.wpr.matrices, 1,
                                   [&](int64_t begin, int64_t end) { iterate_small(work, begin, end); });
     } else {

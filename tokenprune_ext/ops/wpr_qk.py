@@ -73,9 +73,10 @@ def wpr_qk(
 ) -> Tensor:
     """Weighted page rank of ``softmax(q k^T * scale)`` for every image and head, without the attention matrix.
 
-    The same scores as :func:`wpr`. A matrix that fits on chip (about 250 tokens in 16-bit dtypes on a GPU, 700 on a
-    CPU) is formed there once; for more tokens it is formed again, tile by tile, in every iteration, so memory beyond
-    the inputs grows with N, not with its square. (The gradient forms the matrix.)
+    The same scores as :func:`wpr`. A matrix that fits on chip (about 260 tokens in 16-bit dtypes on a GPU) is
+    formed there once; for more tokens it is formed again, tile by tile, in every iteration, so memory beyond the inputs
+    grows with N, not with its square. A CPU holds one matrix a thread up to 2 MiB, one in all up to 32 MiB (2896
+    tokens), and forms larger ones again. (The gradient forms the matrix.)
 
     Args:
         q: queries ``[B, H, N, d]``; float16, bfloat16, float32 or float64. Views of a packed qkv tensor are not copied.
