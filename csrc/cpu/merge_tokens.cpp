@@ -1,7 +1,6 @@
 #include "../ops/merge_tokens.h"
 
 #include <algorithm>
-#include <cstring>
 #include <optional>
 #include <tuple>
 
@@ -134,7 +133,7 @@ std::tuple<Tensor, Tensor> merge_tokens_cpu(Tensor x, std::optional<Tensor> size
         scalar_t* out = data_ptr<scalar_t>(tokens) + row * params.channels;
         acc_t& total = data_ptr<acc_t>(sizes)[row];
         if (prefix || image.lists.first[token] < 0) {
-          std::memcpy(out, image.x + token * params.channels, params.channels * sizeof(scalar_t));
+          std::copy_n(image.x + token * params.channels, params.channels, out);
           total = image.size_of(token);
         } else {
           total = merge(image, token, params.channels, out);
