@@ -72,6 +72,14 @@ def test_kernel_headers_include_no_torch() -> None:
 
 
 @pytest.mark.skipif(not SOURCES.exists(), reason="no source tree")
+def test_kernels_are_the_same_on_the_host() -> None:
+    """Only device.cuh knows that kernels are also run on the host; and none launches or shares memory past it."""
+    for header in SOURCES.glob("cuda/kernels/*.cuh"):
+        if header.name != "device.cuh":
+            assert not re.search(r"^ *#if|__shared__|<<<|asm\b|__CUDA_ARCH__", header.read_text(), re.M), header
+
+
+@pytest.mark.skipif(not SOURCES.exists(), reason="no source tree")
 def test_every_operator_has_a_kernel_of_each_kind() -> None:
     for kind in ("cpu/*.cpp", "cuda/*.cu"):
         assert sorted(path.stem for path in SOURCES.glob(kind)) == sorted(operators)

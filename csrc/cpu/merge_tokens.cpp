@@ -61,12 +61,6 @@ TOKENPRUNE_MULTIVERSION void scale(acc_t weight, const value_t* __restrict__ x, 
   for (int64_t c = 0; c < n; ++c) sum[c] = weight * static_cast<acc_t>(x[c]);
 }
 
-template <typename value_t, typename acc_t>
-TOKENPRUNE_MULTIVERSION void add_scaled(acc_t weight, const value_t* __restrict__ x, int64_t n,
-                                        acc_t* __restrict__ sum) {
-  for (int64_t c = 0; c < n; ++c) sum[c] += weight * static_cast<acc_t>(x[c]);
-}
-
 template <typename scalar_t, typename acc_t>
 TOKENPRUNE_MULTIVERSION void divide(const acc_t* __restrict__ sum, acc_t by, int64_t n, scalar_t* __restrict__ out) {
   for (int64_t c = 0; c < n; ++c) out[c] = static_cast<scalar_t>(sum[c] / by);

@@ -49,4 +49,11 @@ const vectorizable_t<scalar_t>* vector_ptr(const Tensor& tensor) {
   return static_cast<const vectorizable_t<scalar_t>*>(tensor.data_ptr());
 }
 
+// sum += weight * x, n numbers.
+template <typename value_t, typename acc_t>
+TOKENPRUNE_MULTIVERSION void add_scaled(acc_t weight, const value_t* __restrict__ x, int64_t n,
+                                        acc_t* __restrict__ sum) {
+  for (int64_t c = 0; c < n; ++c) sum[c] += weight * static_cast<acc_t>(x[c]);
+}
+
 }  // namespace tokenprune

@@ -11,12 +11,6 @@
 namespace tokenprune {
 namespace {
 
-template <typename value_t, typename acc_t>
-TOKENPRUNE_MULTIVERSION void add_scaled(acc_t weight, const value_t* __restrict__ x, int64_t n,
-                                        acc_t* __restrict__ sum) {
-  for (int64_t c = 0; c < n; ++c) sum[c] += weight * static_cast<acc_t>(x[c]);
-}
-
 Tensor select_all(const TopkGatherParams& params, const Tensor& scores) {
   Tensor order = torch::stable::new_empty(scores, {params.batch, params.tokens - params.num_prefix}, ScalarType::Int);
   TOKENPRUNE_DISPATCH(scores.scalar_type(), "topk_gather", [&] {

@@ -87,6 +87,22 @@ def test_equals_the_sum_over_the_matrix(backend: Backend, reduce: str, rows: str
 
 
 @each_backend
+def test_tf32_changes_float32_on_tensor_cores_alone(backend: Backend) -> None:
+    """Factors lose 13 bits: seen in the result, and no more than that. Other dtypes and backends ignore it."""
+    q, k = (t.to(backend.device) for t in queries_and_keys(1, 2, 70, 64))
+    truth = backend.run("attn_colsum_qk", q, k, 0.125, "max", "patch", 1, None)[0]
+    for dtype in (torch.float32, torch.bfloat16):
+        exact, allowed = (
+            backend.run("attn_colsum_qk", q.to(dtype), k.to(dtype), 0.125, "max", "patch", 1, None, tf32)[0]
+            for tf32 in (False, True)
+        )
+        rounded = dtype == torch.float32 and backend.name in ("cuda", "simt")
+        assert torch.equal(exact, allowed) != rounded
+        if rounded:
+            torch.testing.assert_close(allowed.double(), truth, rtol=3e-3, atol=3e-3)
+
+
+@each_backend
 def test_views_of_packed_qkv(backend: Backend) -> None:
     """Queries and keys as a block has them: views of one tensor [B, N, 3, H, d]."""
     packed = torch.randn(2, 19, 3, 2, 16, generator=torch.Generator().manual_seed(0)).to(backend.device)

@@ -36,13 +36,20 @@ __device__ inline value_t from_acc(acc_t value) {
   return static_cast<value_t>(value);
 }
 
+// Sum over the warp; every lane gets it.
+template <typename T>
+__device__ inline T warp_sum(T value) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
 // Sum over the block in a fixed order, so that two runs give the same bits; every thread gets it. `scratch` holds one
 // value a warp. Contains barriers: all threads of the block take part.
 template <int kThreads, typename acc_t>
 __device__ inline acc_t block_sum(acc_t value, acc_t* scratch) {
   constexpr int kWarps = kThreads / kWarpSize;
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  value = warp_sum(value);
   if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = value;
   __syncthreads();
   acc_t total = 0;

@@ -26,13 +26,6 @@ constexpr int kSortThreads = 256;
 constexpr int kSortWarps = kSortThreads / kWarpSize;
 constexpr int32_t kNobody = std::numeric_limits<int32_t>::max();
 
-template <typename T>
-__device__ inline T warp_sum(T value) {
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
-}
-
 // A warp a token: finds its place, copies it there and measures it. A prefix token gets its results.
 template <typename value_t, typename acc_t>
 __global__ void __launch_bounds__(kSortThreads) sort_kernel(NearestTokenParams params,

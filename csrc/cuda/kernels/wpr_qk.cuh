@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(wpr::kThreads, 1) resident_kernel(qk::Operands
   for (int row = threadIdx.x / kWarpSize; row < n; row += wpr::kWarps) {
     acc_t sum = 0;
     for (int k = threadIdx.x % kWarpSize; k < n; k += kWarpSize) sum += to_acc<acc_t>(attn[row * n + k]);
-    for (int bit = 1; bit < kWarpSize; bit *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bit);
+    sum = warp_sum(sum);
     if (threadIdx.x % kWarpSize == 0) row_scale[row] = acc_t(1) / sum;
   }
   const wpr::Scratch<acc_t> scratch(reinterpret_cast<acc_t*>(shared), n);
