@@ -30,6 +30,8 @@ class TestWprQk(OpMatrix):
                     yield Sample((q, k, start), (0.125, iters, 0.0), name, simt)
         for tokens, channels in ((197, 64), (290, 8)):  # a matrix on chip, and one formed again, for the host too
             yield Sample((*queries_and_keys(1, 1, tokens, channels), None), (0.125, 2, 0.0), f"B=1 H=1 N={tokens}")
+        q, k = queries_and_keys(1, 1, 2900, 8)  # too large for a CPU to hold
+        yield Sample((q, k, None), (0.35, 2, 0.0), "N=2900", simt=False)
         for channels in CHANNELS:
             q, k = queries_and_keys(1, 2, 70, channels)
             yield Sample((q, k, None), (channels**-0.5, 2, 0.0), f"d={channels}", channels in (1, 20, 72))
