@@ -6,10 +6,14 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 
+import pytest
 import timm
 import torch
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
+
+from tokenprune_ext import methods
+from tokenprune_ext.patch import inspect_host
 
 SIZE = 64
 TINY = {"depth": 4, "embed_dim": 32, "num_heads": 2, "img_size": SIZE, "num_classes": 10}
@@ -66,6 +70,18 @@ def make_host(name: str, dtype: torch.dtype = torch.float32, **options: object) 
             else:
                 parameter.copy_(0.2 * noise + (parameter != 0))
     return model.to(dtype).eval()
+
+
+# Methods that remove tokens, by name.
+PRUNING = tuple(name for name in methods.available() if name != "dense")
+
+
+def skip_unsuited(method: str, model: nn.Module) -> None:
+    """Leave the test when the method refuses the model; that it does so by name is another test's business."""
+    try:
+        methods.create(method).check_host(inspect_host(model))
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 def images_for(model: nn.Module, batch: int = 2, seed: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .macs import block_costs, blocks_macs
-from .methods import Method
+from .methods import Dense, Method
 from .patch import Host
 
 
@@ -58,32 +58,23 @@ def counts_from_keep(
 def counts_from_macs(
     macs: float | None, layers: tuple[int, ...], model: nn.Module, host: Host, method: Method
 ) -> dict[int, int]:
-    """Bisect for the largest common keep ratio within the target; cost grows with the ratio."""
+    """Bisect for the costliest of the method's plans within the target."""
     target = _check_ratio("macs", macs)
     costs = block_costs(model)
-    dense = sum(blocks_macs(costs, host, {}, method.where))
+    dense = sum(map(sum, blocks_macs(costs, host, {}, Dense())))
 
     def share(counts: dict[int, int]) -> float:
-        return sum(blocks_macs(costs, host, counts, method.where)) / dense
+        return sum(map(sum, blocks_macs(costs, host, counts, method))) / dense
 
-    def at(ratio: float) -> dict[int, int]:
-        return _common_counts(ratio, layers, host.num_patches, method)
+    def at(strength: float) -> dict[int, int]:
+        return method.plan(strength, layers, host.num_patches)
 
     if share(at(0.0)) > target:
         raise ValueError(
             f"macs={target} is out of reach: {method.name} at layers {list(layers)} cannot go below "
             f"{share(at(0.0)):.3f} of the dense model"
         )
-    return at(_largest(lambda ratio: share(at(ratio)) <= target))
-
-
-def _common_counts(ratio: float, layers: tuple[int, ...], num_patches: int, method: Method) -> dict[int, int]:
-    """Counts at one ratio for all layers, never below what the method can leave."""
-    counts = {}
-    entering = num_patches
-    for layer in layers:
-        counts[layer] = entering = min(entering, max(method.min_keep, method.keep_count(ratio, entering)))
-    return counts
+    return at(_largest(lambda strength: share(at(strength)) <= target))
 
 
 def _largest(holds: Callable[[float], bool]) -> float:

@@ -1,103 +1,140 @@
 """Multiply-accumulates of a model, dense or pruned, for one image.
 
-1 MAC is what the papers' tables call 1 FLOP. Scoring and selection are left out, as they are there. Blocks are counted
-from the shapes of their linear layers, so that a schedule is priced without running anything; patch embedding, pooling
-and classifier are counted by torch's own FlopCounterMode.
+1 MAC is what the papers' tables call 1 FLOP. What is counted is counted by torch's own FlopCounterMode, on the meta
+device: no memory, no arithmetic, and the model stays as it is. Each part of a block is run twice at different token
+counts, which gives its price a token; a schedule is then priced without running anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .patch import Host, inspect_host
+from .patch import Host, HostAdapter, Projected, adapter_of, inspect_host
+
+if TYPE_CHECKING:
+    from .methods import Method
 
 
 @dataclass(frozen=True)
 class BlockCost:
-    """What one transformer block costs.
+    """What one transformer block costs, in MACs a token unless it says otherwise.
 
     Attributes:
-        attention: weights of the linear layers of the attention (query, key, value, gate, projection).
-        width: heads times head dimension.
-        mlp: weights of the linear layers of the MLP.
+        query: projection to queries, for a token that asks.
+        key_value: projection to keys and values.
+        output: projection of the attention's output, for a token that asks.
+        mlp: the MLP.
+        channels: width of the residual stream.
+        heads: attention heads.
+        head_dim: channels of one head; attention costs ``2 * heads * head_dim`` a pair of query and key.
     """
 
-    attention: int
-    width: int
+    query: int
+    key_value: int
+    output: int
     mlp: int
+    channels: int
+    heads: int
+    head_dim: int
 
-    def macs(self, tokens: int, mlp_tokens: int) -> int:
+    def macs(self, tokens: int, mlp_tokens: int, queries: int | None = None) -> int:
         """MACs with ``tokens`` tokens (prefix included) in the attention and ``mlp_tokens`` in the MLP.
 
-        For a standard block and one count n this is 12 n C^2 + 2 n^2 C.
+        For a standard block and one count n this is 12 n C^2 + 2 n^2 C. With ``queries``, only so many tokens ask.
         """
-        return tokens * self.attention + 2 * tokens**2 * self.width + mlp_tokens * self.mlp
+        asking = tokens if queries is None else queries
+        attention = asking * (self.query + self.output + 2 * tokens * self.heads * self.head_dim)
+        return attention + tokens * self.key_value + mlp_tokens * self.mlp
 
 
 def block_costs(model: nn.Module) -> list[BlockCost]:
     """The cost of every block of a supported model, patched or not."""
-    inspect_host(model)
-    blocks: Any = model.blocks
-    return [BlockCost(_weights(block.attn), block.attn.proj.in_features, _weights(block.mlp)) for block in blocks]
+    host, adapter = inspect_host(model), adapter_of(model)
+    known: dict[Any, BlockCost] = {}
+    costs = []
+    for block in adapter.blocks(model):
+        shapes = tuple((name, tensor.shape) for name, tensor in _tensors(block))
+        if shapes not in known:
+            known[shapes] = _block_cost(adapter, host.channels, _on_meta(block))
+        costs.append(known[shapes])
+    return costs
 
 
-def blocks_macs(
-    costs: list[BlockCost], host: Host, keep: Mapping[int, int], where: Literal["attention", "block"]
-) -> list[int]:
-    """MACs of every block under a schedule.
+def blocks_macs(costs: list[BlockCost], host: Host, keep: Mapping[int, int], method: Method) -> list[tuple[int, int]]:
+    """MACs of every block under a schedule, and of choosing the tokens that leave it.
 
     Args:
         costs: from :func:`block_costs`.
         host: the model's geometry.
-        keep: patch tokens that leave each pruning layer; empty for the dense model.
-        where: whether they leave before the MLP or after it.
+        keep: patch tokens that leave each pruning layer; empty for none.
+        method: says where tokens leave, what scoring costs, and how much of the last block is computed.
     """
     result = []
     tokens = host.num_prefix_tokens + host.num_patches
     for layer, cost in enumerate(costs):
+        if method.class_token_only and layer == host.depth - 1:
+            assert host.head_tokens is not None
+            result.append((cost.macs(tokens, host.head_tokens, host.head_tokens), 0))
+            continue
         after = host.num_prefix_tokens + keep[layer] if layer in keep else tokens
-        result.append(cost.macs(tokens, after if where == "attention" else tokens))
+        scoring = method.scoring_macs(cost, host, tokens, keep[layer]) if after < tokens else 0
+        result.append((cost.macs(tokens, after if method.where == "attention" else tokens), scoring))
         tokens = after
     return result
 
 
-def outside_macs(model: nn.Module, num_patches: int) -> int:
-    """MACs of everything but the blocks: patch embedding, then pooling and classifier on ``num_patches`` patch tokens.
+def outside_macs(model: nn.Module, tokens: int) -> int:
+    """MACs of everything but the blocks, with ``tokens`` tokens (prefix included) behind them."""
+    host, adapter = inspect_host(model), adapter_of(model)
+    dense = _on_meta(model)
+    for block in adapter.blocks(dense):
+        block.forward = lambda x, *args, **kwargs: x[:, :tokens]
+    dtype = next(dense.parameters()).dtype
+    images = torch.empty((1, host.in_channels, *host.input_size), device="meta", dtype=dtype)
+    return _count(lambda: dense(images))
 
-    Runs those parts on the meta device: no memory, no arithmetic, and the model stays as it is.
-    """
-    host = inspect_host(model)
-    vit: Any = model
-    parts = _OutsideBlocks(vit)
-    state = {
-        name: tensor.detach().to("meta") for name, tensor in chain(parts.named_parameters(), parts.named_buffers())
-    }
-    first = next(module for module in vit.patch_embed.modules() if isinstance(module, nn.Conv2d))
-    images = first.weight.new_empty((1, first.in_channels, *host.input_size), device="meta")
-    tokens = first.weight.new_empty((1, host.num_prefix_tokens + num_patches, vit.num_features), device="meta")
+
+def _block_cost(adapter: HostAdapter, channels: int, block: nn.Module) -> BlockCost:
+    dtype = next(tensor.dtype for _, tensor in _tensors(block) if tensor.is_floating_point())
+
+    def project(tokens: int, queries: int) -> Callable[[], Projected]:
+        x = torch.empty((1, tokens, channels), device="meta", dtype=dtype)
+        return lambda: adapter.project(block, x, queries, None)
+
+    one = torch.empty((1, 1, channels), device="meta", dtype=dtype)
+    q = project(1, 1)().q
+    both = _count(project(3, 1))
+    return BlockCost(
+        query=_count(project(3, 2)) - both,
+        key_value=both - _count(project(2, 1)),
+        output=_count(lambda: adapter.add_attention(block, one, q)),
+        mlp=_count(lambda: adapter.add_mlp(block, one)),
+        channels=channels,
+        heads=q.shape[1],
+        head_dim=q.shape[3],
+    )
+
+
+def _count(run: Callable[[], object]) -> int:
     # Fused attention kernels are not all known to the counter; the math backend is matrix products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(parts, state, (images, tokens))
+        run()
     return counter.get_total_flops() // 2
 
 
-class _OutsideBlocks(nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor, tokens: Tensor) -> None:
-        self.model.patch_embed(images)
-        self.model.forward_head(tokens)
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return chain(module.named_parameters(), module.named_buffers())
 
 
-def _weights(module: nn.Module) -> int:
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+def _on_meta(module: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes and dtypes alone."""
+    return copy.deepcopy(module, {id(tensor): tensor.detach().to("meta") for _, tensor in _tensors(module)})

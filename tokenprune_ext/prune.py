@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .macs import block_costs, blocks_macs, outside_macs
-from .methods import Method
-from .patch import Host, PruningStep, inspect_host, install, record_of, uninstall
+from .methods import Dense, Method
+from .patch import BlockPlan, Host, HostAdapter, adapter_of, inspect_host, install, record_of, uninstall
 from .patch.sources import recording
 from .schedule import Schedule
 
@@ -34,8 +34,8 @@ def apply(
         layers: 0-based indices of the blocks that prune, ascending; the method's own choice by default.
         keep: a keep ratio in (0, 1] for every pruning layer; or one entry a layer, each a float (ratio of the patch
             tokens that enter the layer) or an int (patch tokens that leave it).
-        macs: target as a fraction in (0, 1] of the dense model's MACs in the blocks; one common keep ratio is solved
-            for, the largest that does not exceed the target.
+        macs: target as a fraction in (0, 1] of the dense model's MACs in the blocks, with the MACs of choosing and
+            merging tokens charged; the method's largest plan (for most: one common keep ratio) within it is taken.
 
     Raises:
         UnsupportedModelError: the model is not understood.
@@ -51,7 +51,7 @@ def apply(
         schedule = Schedule.build(model, method, layers=layers, keep=keep, macs=macs)
     host = inspect_host(model)
     schedule.check(host)
-    install(model, _steps(schedule, host), schedule)
+    install(model, _plans(schedule, host, adapter_of(model)), schedule)
     return model
 
 
@@ -104,12 +104,13 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One block: tokens that enter and leave it (prefix tokens included), and its MACs pruned and dense."""
+    """One block: tokens that enter and leave it (prefix included), its MACs, those of choosing, the dense block's."""
 
     block: int
     tokens_in: int
     tokens_out: int
     macs: int
+    scoring_macs: int
     dense_macs: int
 
 
@@ -123,8 +124,10 @@ class Description:
         method: name of the pruning method; None for a dense model.
         layers: one report a block.
         blocks_macs: MACs of the blocks. Scoring is left out, as in the papers' tables.
+        scoring_macs: MACs of choosing and merging tokens. A budget (``apply(macs=...)``) includes them.
         dense_blocks_macs: the same without pruning.
-        model_macs: MACs of the whole model, with patch embedding, pooling and classifier.
+        class_token_only: whether the last block computes the tokens that the classifier reads alone.
+        model_macs: MACs of the whole model, with patch embedding, pooling and classifier; scoring left out.
         dense_model_macs: the same without pruning.
     """
 
@@ -133,25 +136,33 @@ class Description:
     method: str | None
     layers: tuple[LayerReport, ...]
     blocks_macs: int
+    scoring_macs: int
     dense_blocks_macs: int
+    class_token_only: bool
     model_macs: int
     dense_model_macs: int
 
     def __str__(self) -> str:
         height, width = self.input_size
-        pruning = [layer.block for layer in self.layers if layer.tokens_out < layer.tokens_in]
+        last = self.layers[-1].block if self.class_token_only else None
+        pruning = [layer.block for layer in self.layers if layer.tokens_out < layer.tokens_in and layer.block != last]
         what = "dense" if self.method is None else f"{self.method}, " + (
             f"pruning at blocks {', '.join(map(str, pruning))}" if pruning else "pruning nothing"
         )  # fmt: skip
-        lines = [f"{self.model} at {height} x {width}: {what}", "block       tokens      MMACs  of dense"]
+        if self.class_token_only:
+            what += ", the last block for the class token alone"
+        lines = [f"{self.model} at {height} x {width}: {what}", "block       tokens      MMACs  scoring  of dense"]
         for layer in self.layers:
-            tokens = f"{layer.tokens_in} -> {layer.tokens_out}" if layer.block in pruning else f"{layer.tokens_in}"
+            change = layer.tokens_out < layer.tokens_in
+            tokens = f"{layer.tokens_in} -> {layer.tokens_out}" if change else f"{layer.tokens_in}"
+            share = (layer.macs + layer.scoring_macs) / layer.dense_macs
             lines.append(
-                f"{layer.block:5d}  {tokens:>11}  {layer.macs / 1e6:9.1f}  {layer.macs / layer.dense_macs:8.1%}"
+                f"{layer.block:5d}  {tokens:>11}  {layer.macs / 1e6:9.1f}  {layer.scoring_macs / 1e6:7.1f}  {share:8.1%}"
             )
         for name, macs, dense in (
             ("blocks", self.blocks_macs, self.dense_blocks_macs),
-            ("model", self.model_macs, self.dense_model_macs),
+            ("with scoring", self.blocks_macs + self.scoring_macs, self.dense_blocks_macs),
+            ("model, with scoring", self.model_macs + self.scoring_macs, self.dense_model_macs),
         ):
             lines.append(f"{name}: {macs / 1e9:.3f} of {dense / 1e9:.3f} GMACs an image ({macs / dense:.1%})")
         return "\n".join(lines)
@@ -167,34 +178,45 @@ def describe(model: nn.Module) -> Description:
     host = inspect_host(model)
     schedule = None if record_of(model) is None else schedule_of(model)
     keep = {} if schedule is None else schedule.keep
-    where = "block" if schedule is None else schedule.build_method().where
+    method = Dense() if schedule is None else schedule.build_method()
     costs = block_costs(model)
-    pruned, dense = (blocks_macs(costs, host, counts, where) for counts in (keep, {}))
+    pruned, dense = (blocks_macs(costs, host, counts, how) for counts, how in ((keep, method), ({}, Dense())))
     reports = []
-    tokens = host.num_patches
-    for block in range(host.depth):
-        after = keep.get(block, tokens)
-        prefix = host.num_prefix_tokens
-        reports.append(LayerReport(block, prefix + tokens, prefix + after, pruned[block], dense[block]))
+    prefix, tokens = host.num_prefix_tokens, host.num_prefix_tokens + host.num_patches
+    for block, ((macs, scoring), (dense_macs, _)) in enumerate(zip(pruned, dense, strict=True)):
+        after = prefix + keep[block] if block in keep else tokens
+        if method.class_token_only and block == host.depth - 1:
+            after = host.head_tokens or tokens
+        reports.append(LayerReport(block, tokens, after, macs, scoring, dense_macs))
         tokens = after
+    total, dense_total = (sum(layer.macs for layer in reports), sum(layer.dense_macs for layer in reports))
+    scoring_total = sum(layer.scoring_macs for layer in reports)
     return Description(
         model=host.model,
         input_size=host.input_size,
         method=None if schedule is None else schedule.method,
         layers=tuple(reports),
-        blocks_macs=sum(pruned),
-        dense_blocks_macs=sum(dense),
-        model_macs=sum(pruned) + outside_macs(model, tokens),
-        dense_model_macs=sum(dense) + outside_macs(model, host.num_patches),
+        blocks_macs=total,
+        scoring_macs=scoring_total,
+        dense_blocks_macs=dense_total,
+        class_token_only=method.class_token_only,
+        model_macs=total + outside_macs(model, tokens),
+        dense_model_macs=dense_total + outside_macs(model, prefix + host.num_patches),
     )
 
 
-def _steps(schedule: Schedule, host: Host) -> dict[int, PruningStep]:
-    """One step for every layer that removes tokens."""
+def _plans(schedule: Schedule, host: Host, adapter: HostAdapter) -> dict[int, BlockPlan]:
+    """One plan for every block that has something to do: prune, carry on what pruning made, or compute less."""
     method = schedule.build_method()
     entering = schedule.entering()
-    return {
-        layer: PruningStep(method, layer, entering[layer], count, host)
-        for layer, count in schedule.keep.items()
-        if count < entering[layer]
-    }
+    pruning = {layer for layer, count in schedule.keep.items() if count < entering[layer]}
+    carries = bool(pruning) and (method.carries_size or host.positional)
+    plans = {}
+    patches = host.num_patches
+    for layer in range(host.depth):
+        keep = schedule.keep.get(layer, patches)
+        queries = host.head_tokens if method.class_token_only and layer == host.depth - 1 else None
+        if layer in pruning or queries is not None or (carries and layer > min(pruning)):
+            plans[layer] = BlockPlan(adapter, host, method, layer, patches, keep, queries)
+        patches = keep
+    return plans

@@ -81,8 +81,8 @@ class Schedule:
             layers: 0-based indices of the blocks that prune, ascending; the method's own choice by default.
             keep: a keep ratio in (0, 1] for every pruning layer; or one entry a layer, each a float (ratio of the patch
                 tokens that enter the layer) or an int (patch tokens that leave it).
-            macs: target as a fraction in (0, 1] of the dense model's MACs in the blocks. One keep ratio common to all
-                pruning layers is solved for: the largest that does not exceed the target.
+            macs: target as a fraction in (0, 1] of the dense model's MACs in the blocks, with the MACs of choosing and
+                merging tokens charged. The method's largest plan (for most: one common keep ratio) within it is taken.
 
         Raises:
             UnsupportedModelError: the model is not understood.
@@ -90,16 +90,20 @@ class Schedule:
             ValueError: not exactly one of ``keep`` and ``macs``; a value that is not allowed; a target out of reach.
         """
         host = inspect_host(model)
-        method = _registered(method)
+        method = _registered(method).for_host(host)
         method.check_host(host)
-        chosen = method.default_layers(host.depth) if layers is None else checked_layers(layers, host.depth)
-        if (keep is None) == (macs is None):
+        chosen = _default_layers(method, host) if layers is None else checked_layers(layers, host.depth)
+        if not chosen and not keep is macs is None:
+            raise ValueError(f"keep and macs must not be given: {method.name} prunes nothing")
+        if chosen and (keep is None) == (macs is None):
             raise ValueError("exactly one of keep and macs must be given")
-        if keep is not None:
+        if not chosen:
+            counts = {}
+        elif keep is not None:
             counts = counts_from_keep(keep, chosen, host.num_patches, method)
         else:
             counts = counts_from_macs(macs, chosen, model, host, method)
-        return cls(
+        schedule = cls(
             model=host.model,
             input_size=host.input_size,
             num_prefix_tokens=host.num_prefix_tokens,
@@ -108,6 +112,8 @@ class Schedule:
             options=method.options(),
             keep=counts,
         )
+        schedule.check(host)
+        return schedule
 
     def build_method(self) -> Method:
         """The method with its options."""
@@ -127,7 +133,11 @@ class Schedule:
                 )
         if self.keep and max(self.keep) >= host.depth:
             raise ValueError(f"keep names layer {max(self.keep)}, but {host.model} has layers 0..{host.depth - 1}")
-        self.build_method().check_host(host)
+        method = self.build_method()
+        method.check_host(host)
+        last = host.depth - 1
+        if method.class_token_only and self.keep.get(last, 0) < self.entering().get(last, 0):
+            raise ValueError(f"layer {last} computes the class token alone and must not prune")
 
     def save(self, path: str | Path) -> None:
         """Write the schedule as JSON."""
@@ -179,9 +189,16 @@ def _check_keep(keep: dict[int, int], num_patches: int, method: Method) -> None:
         check_integral(f"keep[{layer}]", count, 1)
         if count > entering:
             raise ValueError(f"keep[{layer}] is {count}, but only {entering} patch tokens enter layer {layer}")
-        if count < min(method.min_keep, entering):
-            raise ValueError(f"keep[{layer}] is {count}, but {method.name} leaves at least {method.min_keep}")
+        least = min(method.min_keep(entering), entering)
+        if count < least:
+            raise ValueError(f"keep[{layer}] is {count}, but {method.name} leaves at least {least} of {entering}")
         entering = count
+
+
+def _default_layers(method: Method, host: Host) -> tuple[int, ...]:
+    """The method's own choice; a last block that computes the class token alone has nothing to prune."""
+    pruning = host.depth - method.class_token_only
+    return tuple(layer for layer in method.default_layers(host.depth) if layer < pruning)
 
 
 def _registered(method: Method | str) -> Method:

@@ -7,57 +7,91 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from torch import Tensor
-
-from tokenprune_ext import ops
+from tokenprune_ext.checks import check_bool
 from tokenprune_ext.patch.context import AttentionContext, Reduced
 from tokenprune_ext.patch.host import Host
 
+if TYPE_CHECKING:
+    from tokenprune_ext.macs import BlockCost
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """One way to choose which patch tokens stay. Its options are the fields of the frozen dataclass.
+    """One way to have fewer tokens behind a block. Its options are the fields of the frozen dataclass.
 
-    A subclass gives ``name``, ``default_layers`` and ``scores``, and checks its options in ``__post_init__``. The rest
-    has defaults that most methods keep.
+    A subclass gives ``name``, ``default_layers``, ``reduce`` and ``scoring_macs``, and checks its options in
+    ``__post_init__``; most start from :class:`~tokenprune_ext.methods.scored.ScoredMethod`, which asks for scores only.
+
+    Args:
+        class_token_only: in the last block, compute queries, attention output and MLP of the class token alone (of the
+            tokens the classifier reads). Exact, for models whose classifier reads nothing else.
 
     Class attributes:
         name: the name it is registered under.
-        where: tokens leave between attention and MLP (``attention``) or after the MLP (``block``).
-        fuse: what becomes of the tokens that are not kept: ``none``, or ``mean`` for one token behind the kept ones.
     """
 
     name: ClassVar[str]
-    where: ClassVar[Literal["attention", "block"]] = "attention"
-    fuse: ClassVar[Literal["none", "mean"]] = "none"
+
+    class_token_only: bool = False
+
+    def __post_init__(self) -> None:
+        check_bool("class_token_only", self.class_token_only)
 
     @abstractmethod
     def default_layers(self, depth: int) -> tuple[int, ...]:
         """0-based indices of the blocks that prune, for a model of ``depth`` blocks, ascending."""
 
     @abstractmethod
-    def scores(self, ctx: AttentionContext) -> Tensor:
-        """One score a token, ``[B, N]``, floating; the highest stay. Entries of prefix tokens are ignored."""
+    def reduce(self, ctx: AttentionContext, keep: int) -> Reduced:
+        """The tokens that leave a pruning layer: ``keep`` patch tokens, a fused one among them."""
 
-    def check_host(self, host: Host) -> None:  # noqa: B027 - most methods work on every model
+    @abstractmethod
+    def scoring_macs(self, cost: BlockCost, host: Host, tokens: int, keep: int) -> int:
+        """MACs of choosing and merging, at a block of this cost that ``tokens`` tokens (prefix included) enter."""
+
+    def for_host(self, host: Host) -> Method:
+        """The method that a schedule for this model names: this one, unless it stands for a choice."""
+        return self
+
+    def check_host(self, host: Host) -> None:
         """Raises ValueError when the method, with its options, cannot work on a model."""
-
-    def reduce(self, x: Tensor, ctx: AttentionContext, keep: int) -> Reduced:
-        """Tokens ``[B, N, C]`` -> ``[B, num_prefix + keep, C]``; a fused token is one of the ``keep``."""
-        fused = self.fuse != "none"
-        tokens, index = ops.topk_gather(x, self.scores(ctx), keep - fused, ctx.num_prefix, self.fuse)
-        return Reduced(tokens, index, fused)
+        if self.class_token_only and host.head_tokens is None:
+            raise ValueError(
+                f"class_token_only needs a model whose classifier reads the class token alone, and {host.model} reads "
+                "the patch tokens too"
+            )
 
     @property
-    def min_keep(self) -> int:
-        """The fewest patch tokens that can leave a layer that prunes."""
-        return 1 if self.fuse == "none" else 2
+    def where(self) -> Literal["attention", "block"]:
+        """Where tokens leave: between attention and MLP, or behind the MLP."""
+        return "attention"
+
+    @property
+    def carries_size(self) -> bool:
+        """Whether blocks behind a pruning layer have to know how many patches each token stands for."""
+        return False
+
+    def min_keep(self, entering: int) -> int:
+        """The fewest patch tokens that can leave a layer that ``entering`` enter."""
+        return 1
 
     def keep_count(self, ratio: float, num_patches: int) -> int:
         """Patch tokens that leave a layer at a keep ratio: rounded down, where float error does not count."""
         return math.floor(ratio * num_patches + 1e-9)
+
+    def plan(self, strength: float, layers: Sequence[int], num_patches: int) -> dict[int, int]:
+        """Keep counts of all layers from one number in [0, 1]: 1 keeps everything, and more never costs less.
+
+        The family of schedules among which a cost target chooses. Here: the same keep ratio at every layer.
+        """
+        counts = {}
+        entering = num_patches
+        for layer in layers:
+            least = min(entering, self.min_keep(entering))
+            counts[layer] = entering = min(entering, max(least, self.keep_count(strength, entering)))
+        return counts
 
     def options(self) -> dict[str, Any]:
         """The options as plain values for JSON; ``create(method.name, **method.options())`` gives an equal method."""
@@ -97,7 +131,7 @@ def create(name: str, /, **options: Any) -> Method:
     known = [field.name for field in dataclasses.fields(cls)]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"method {name!r} has no option {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
+        raise ValueError(f"method {name!r} has no option {', '.join(unknown)}; it has: {', '.join(known)}")
     return cls(**options)
 
 

@@ -11,14 +11,15 @@ from torch import Tensor
 from tokenprune_ext.checks import check_int
 from tokenprune_ext.patch.context import AttentionContext
 
-from .base import Method, register, scaled_layers
+from .base import register, scaled_layers
+from .scored import ScoredMethod
 
 _MASK = 0xFFFFFFFF
 
 
 @register
-@dataclass(frozen=True)
-class Random(Method):
+@dataclass(frozen=True, kw_only=True)
+class Random(ScoredMethod):
     """The same random choice for every image; it depends on the seed, the layer and the token's position alone.
 
     Args:
@@ -32,6 +33,7 @@ class Random(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_int("seed", self.seed, 0)
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
@@ -39,11 +41,16 @@ class Random(Method):
         return scaled_layers((3, 6, 9), depth)
 
     def scores(self, ctx: AttentionContext) -> Tensor:
-        """Pseudo-random scores in [0, 1), ``[B, N]`` float32, computed on the device without generator state."""
-        batch, _, tokens, _ = ctx.q.shape
-        salt = (self.seed * 0x9E3779B1 + (ctx.layer + 1) * 0x85EBCA77) & _MASK
-        bits = _mix(_mix(torch.arange(tokens, device=ctx.q.device)) ^ salt)
-        return (bits >> 8).to(torch.float32).mul(2.0**-24).expand(batch, -1)  # 24 bits are exact in float32
+        """Pseudo-random scores in [0, 1), ``[B, N]`` float32."""
+        return random_scores(ctx, self.seed)
+
+
+def random_scores(ctx: AttentionContext, seed: int) -> Tensor:
+    """Pseudo-random scores in [0, 1), ``[B, N]`` float32, the same for every image; no generator state."""
+    batch, tokens = ctx.x.shape[:2]
+    salt = (seed * 0x9E3779B1 + (ctx.layer + 1) * 0x85EBCA77) & _MASK
+    bits = _mix(_mix(torch.arange(tokens, device=ctx.x.device)) ^ salt)
+    return (bits >> 8).to(torch.float32).mul(2.0**-24).expand(batch, -1)  # 24 bits are exact in float32
 
 
 def _mix(bits: Tensor) -> Tensor:

@@ -1,41 +1,63 @@
-"""Zero-TPrune: importance by weighted page rank on the attention graph."""
+"""Zero-TPrune: importance by weighted page rank on the attention graph, similarity among the less important."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from tokenprune_ext import ops
-from tokenprune_ext.checks import check_choice, check_int
-from tokenprune_ext.patch.context import AttentionContext
+from tokenprune_ext.checks import check_bool, check_choice, check_int
+from tokenprune_ext.patch.context import AttentionContext, Reduced
 from tokenprune_ext.patch.host import Host
 
 from .base import Method, check_number, register, scaled_layers
+from .random import random_scores
+from .scored import merge_into, nearest_kept, split_tokens
+from .tome import scattered
+
+if TYPE_CHECKING:
+    from tokenprune_ext.macs import BlockCost
+
+PARTITIONS = ("unimportant", "important", "alternate", "random")
+FEATURES = ("key", "key_heads", "query", "value", "hidden")
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ZeroTPrune(Method):
-    """The importance stage (I-stage) of Zero-TPrune: page rank per head, head filter, root mean square over heads.
+    """One pruning layer is I' -> S -> I: a rough ranking, then similarity, then importance.
+
+    I' ranks the tokens by one iteration of page rank. S pairs the less important half with the more important one and
+    removes the ``similar`` members that are most like their partners. I ranks the survivors by page rank on the
+    attention among themselves and keeps the best. Page rank runs per head; heads whose scores vary too little or too
+    much over the patches are left out, and the others are combined by their root mean square.
 
     Args:
         start: scores the iteration begins with: ``uniform``, or ``class``, where the class token weighs sqrt(N) times
             as much; ``auto`` is ``class`` for models that have a class token.
-        iters: iterations in the first quarter of the blocks, in the middle, and in the last quarter.
+        iters: iterations of I in the first quarter of the blocks, in the middle, and in the last quarter.
         tol: an image's head stops after the iteration that changes it by less than ``tol`` a token on average.
         tau: temperature of the attention that is ranked.
         vmin: smallest variance of a head's scores over the patch tokens that passes the head filter.
         vmax: largest such variance.
+        similar: tokens S removes; 0 leaves S and I' out; None for 10. At most what the layer removes, and at most half.
+        partition: who may go in S: the less important half (``unimportant``, sequential-U), the more important half
+            (``important``, sequential-I), every other token (``alternate``), or a ``random`` half.
+        feature: what S compares, by cosine: ``key`` averaged over the heads, ``key_heads`` concatenated, ``query`` or
+            ``value`` averaged, or the token itself, ``hidden``.
+        mid_block: prune between attention and MLP instead of behind the block.
+        reduction: ``drop`` as published; ``merge``: what S removes goes into its partner, what I removes into its most
+            similar survivor, as the mean weighted by how many patches each stands for.
+        proportional: after merging, log(size) is added to the attention logits.
 
-    Source: Wang, Dedhia, Jha, "Zero-TPrune", CVPR 2024, section 3.2. Scores are on the mean-1 scale, on which the
-    published variance bounds apply. The similarity stage (section 3.3) is not part of it.
+    Source: Wang, Dedhia, Jha, "Zero-TPrune", CVPR 2024, sections 3.2 and 3.3. Scores are on the mean-1 scale, on which
+    the published variance bounds apply.
     """
 
     name: ClassVar[str] = "zero_tprune"
-    where: ClassVar[Literal["attention", "block"]] = "block"
 
     start: str = "auto"
     iters: tuple[int, int, int] = (30, 5, 1)
@@ -43,8 +65,15 @@ class ZeroTPrune(Method):
     tau: float = 1.0
     vmin: float = 0.01
     vmax: float = 0.7
+    similar: int | None = None
+    partition: str = "unimportant"
+    feature: str = "key"
+    mid_block: bool = False
+    reduction: str = "drop"
+    proportional: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("start", self.start, ("auto", "class", "uniform"))
         if not isinstance(self.iters, list | tuple) or len(self.iters) != 3:
             raise ValueError(f"iters must be three counts (first, middle, last blocks), got {self.iters!r}")
@@ -55,15 +84,31 @@ class ZeroTPrune(Method):
         check_number("tau", self.tau, 0, strict=True)
         check_number("vmin", self.vmin, 0)
         check_number("vmax", self.vmax, self.vmin)
+        if self.similar is not None:
+            check_int("similar", self.similar, 0)
+        check_choice("partition", self.partition, PARTITIONS)
+        check_choice("feature", self.feature, FEATURES)
+        check_bool("mid_block", self.mid_block)
+        check_choice("reduction", self.reduction, ("drop", "merge"))
+        check_bool("proportional", self.proportional)
+
+    @property
+    def where(self) -> Literal["attention", "block"]:
+        return "attention" if self.mid_block else "block"
+
+    @property
+    def carries_size(self) -> bool:
+        return self.reduction == "merge"
 
     def check_host(self, host: Host) -> None:
-        """Raises ValueError when the class token is to weigh more and there is none."""
+        super().check_host(host)
         if self.start == "class" and not host.has_class_token:
             raise ValueError(f"start='class' needs a class token, and {host.model} has none")
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
-        """After blocks 2, 5 and 8 of 12."""
-        return tuple(sorted({max(boundary - 1, 0) for boundary in scaled_layers((3, 6, 9), depth)}))
+        """After blocks 2, 5 and 8 of 12; mid-block 3, 6 and 9."""
+        layers = scaled_layers((3, 6, 9), depth)
+        return layers if self.mid_block else tuple(sorted({max(layer - 1, 0) for layer in layers}))
 
     def iterations(self, layer: int, depth: int) -> int:
         """Power iterations at a block: many while attention is flat, one where it is sharp."""
@@ -71,11 +116,67 @@ class ZeroTPrune(Method):
         first, middle, last = self.iters
         return first if layer < edge else last if layer >= depth - edge else middle
 
-    def scores(self, ctx: AttentionContext) -> Tensor:
+    def reduce(self, ctx: AttentionContext, keep: int) -> Reduced:
+        removed = self._removed_by_similarity(ctx.num_patches, keep)
+        if not removed:
+            kept, dropped = split_tokens(self.importance(ctx), keep, ctx.num_prefix)
+            into = None
+        else:
+            similar, match, rest = self.similar_tokens(ctx, removed)
+            best, worst = split_tokens(self.importance(ctx.restricted(rest)), keep, ctx.num_prefix)
+            kept, lost = (rest.gather(1, part - ctx.num_prefix) for part in (best, worst))
+            dropped = torch.cat([similar, lost], 1).sort(1).values
+            into = scattered(match, similar, ctx.x.shape[1])
+        if self.reduction == "drop":
+            return Reduced(ctx.take(ctx.x, kept), kept)
+        nearest = nearest_kept(ctx, kept)
+        if into is not None:  # a partner that was lost itself takes what went into it along
+            nearest = torch.where(nearest < 0, torch.arange(nearest.shape[1], device=kept.device), nearest).gather(
+                1, into
+            )
+        return merge_into(ctx, kept, dropped, nearest, self.proportional)
+
+    def importance(self, ctx: AttentionContext, iters: int | None = None) -> Tensor:
         """Importance ``[B, N]``, float32 (float64 for float64)."""
-        iters = self.iterations(ctx.layer, ctx.depth)
-        ranks = ops.wpr_qk(ctx.q, ctx.k, ctx.scale / self.tau, self._start(ctx), iters, self.tol)
+        iters = self.iterations(ctx.layer, ctx.depth) if iters is None else iters
+        ranks = ctx.page_rank(self._start(ctx), iters, self.tol, self.tau)
         return ops.head_aggregate(ranks, self.vmin, self.vmax, ctx.num_prefix)
+
+    def similar_tokens(self, ctx: AttentionContext, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The S-stage: positions of ``count`` tokens to remove, of their partners, and of all other patch tokens."""
+        feature = self._feature(ctx)
+        if self.partition == "alternate":
+            return ops.bipartite_match(feature, None, count, ctx.num_prefix)
+        if self.partition == "random":
+            scores, partition = random_scores(ctx, seed=0), "unimportant"
+        else:
+            scores, partition = self.importance(ctx, iters=1), self.partition
+        return ops.bipartite_match(feature, scores, count, ctx.num_prefix, partition)
+
+    def scoring_macs(self, cost: BlockCost, host: Host, tokens: int, keep: int) -> int:
+        """Attention is formed once for I' and once for I; every iteration reads it once."""
+        patches = tokens - host.num_prefix_tokens
+        removed = self._removed_by_similarity(patches, keep)
+        product = cost.heads * cost.head_dim
+        rough = tokens**2 * (product + cost.heads) if removed and self.partition in ("unimportant", "important") else 0
+        width = {"hidden": cost.channels, "key_heads": product}.get(self.feature, cost.head_dim)
+        similarity = (patches // 2) * (patches - patches // 2) * width if removed else 0
+        left = tokens - removed
+        merging = (patches - keep) * keep * cost.channels if self.reduction == "merge" else 0
+        return rough + similarity + left**2 * (product + max(self.iters) * cost.heads) + merging
+
+    def _removed_by_similarity(self, patches: int, keep: int) -> int:
+        wanted = 10 if self.similar is None else self.similar
+        return min(wanted, patches - keep, patches // 2)
+
+    def _feature(self, ctx: AttentionContext) -> Tensor:
+        match self.feature:
+            case "key_heads":
+                return ctx.k.transpose(1, 2).flatten(2)
+            case "hidden":
+                return ctx.x.detach()
+            case name:
+                return {"key": ctx.k, "query": ctx.q, "value": ctx.v}[name].mean(1)
 
     def _start(self, ctx: AttentionContext) -> Tensor | None:
         """The first scores ``[N]``; None for ones."""

@@ -1,18 +1,29 @@
 """How pruning gets into a model: what a method sees of a block, and the families of models that can be patched."""
 
+from . import timm_vit as _timm_vit  # registers its family
+from .adapter import HostAdapter, Projected, adapter_of, attend, register_host
+from .block import BlockPlan, PrunedBlock
 from .context import AttentionContext, Reduced
 from .host import Host, UnsupportedModelError
-from .timm_vit import PrunedBlock, PruningStep, inspect_host, install, record_of, uninstall
+from .install import inspect_host, install, record_of, uninstall
+from .state import TokenState
 
 __all__ = [
     "AttentionContext",
+    "BlockPlan",
     "Host",
+    "HostAdapter",
+    "Projected",
     "PrunedBlock",
-    "PruningStep",
     "Reduced",
+    "TokenState",
     "UnsupportedModelError",
+    "adapter_of",
+    "attend",
     "inspect_host",
     "install",
     "record_of",
+    "register_host",
     "uninstall",
 ]
+del _timm_vit

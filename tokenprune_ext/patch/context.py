@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from tokenprune_ext import ops
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionContext:
-    """The attention of one block, for one forward. Carries no gradient: which tokens stay is not differentiable.
+    """The tokens of one block and its attention, for one forward.
 
-    The attention matrix is not part of it, and no method forms it: ``ops.attn_colsum_qk`` and ``ops.wpr_qk`` score from
-    ``q`` and ``k``.
-
-    When methods that merge tokens come, the number of patches each token stands for (``[B, N]``) belongs here and in
-    :class:`Reduced`.
+    ``q``, ``k``, ``v`` and what is computed from them carry no gradient: which tokens stay is not differentiable.
+    The attention matrix is not part of it: :meth:`attention_received` and :meth:`page_rank` score from ``q`` and ``k``.
 
     Attributes:
-        q: queries ``[B, H, N, d]``, after the query norm, not scaled.
-        k: keys ``[B, H, N, d]``, after the key norm.
+        x: the tokens where they are to be reduced, ``[B, N, C]``; carries gradient.
+        q: queries ``[B, H, N, d]``, after query norm and rotary embedding, not scaled.
+        k: keys ``[B, H, N, d]``, after key norm and rotary embedding.
         v: values ``[B, H, N, d]``.
-        scale: factor of the logits, ``softmax(q k^T * scale)``.
+        scale: factor of the logits.
         num_prefix: tokens in front of the patch tokens; may be 0.
         has_class_token: whether token 0 is a class token.
         layer: 0-based index of the block.
         depth: number of blocks of the model.
+        size: patches each token stands for, ``[B, N]``; None for 1.
+        bias: added to the logits, ``softmax(q k^T * scale + bias)``: ``[B, 1, 1, N]`` or ``[1 or B, H, N, N]``; None
+            for nothing.
     """
 
+    x: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
@@ -37,6 +44,13 @@ class AttentionContext:
     has_class_token: bool
     layer: int
     depth: int
+    size: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens that came in."""
+        return self.x.shape[1] - self.num_prefix
 
     def class_attention(self) -> Tensor:
         """Attention of the class token to every token ``[B, H, N]``, float32 (float64 for float64); O(N) memory.
@@ -47,7 +61,62 @@ class AttentionContext:
         if not self.has_class_token:
             raise ValueError("class_attention needs a class token, and this model has none")
         logits = (self.q[:, :, :1] * self.scale) @ self.k.transpose(-2, -1)
+        if self.bias is not None:
+            logits = logits + self.bias[:, :, :1]
         return torch.softmax(logits.squeeze(2), dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+    def attention_received(self, head_reduce: str, query_rows: str) -> Tensor:
+        """Attention every token gets, ``[B, N]``; see ``ops.attn_colsum`` for the arguments."""
+        if self._dense_bias:
+            return ops.attn_colsum(self._attention(1.0), head_reduce, query_rows, self.num_prefix)
+        q, k = self._biased_qk()
+        return ops.attn_colsum_qk(q, k, self.scale, head_reduce, query_rows, self.num_prefix)
+
+    def page_rank(self, start: Tensor | None, iters: int, tol: float = 0.0, tau: float = 1.0) -> Tensor:
+        """Weighted page rank of every head, ``[B, H, N]``, on the attention at temperature ``tau``; see ``ops.wpr``."""
+        if self._dense_bias:
+            return ops.wpr(self._attention(tau), start, iters, tol)
+        q, k = self._biased_qk()
+        return ops.wpr_qk(q, k, self.scale / tau, start, iters, tol)
+
+    def take(self, tensor: Tensor, kept: Tensor, dim: int = 1) -> Tensor:
+        """The prefix tokens and the patch tokens at ``kept`` ``[B, K]``, of a tensor whose ``dim`` is the tokens."""
+        prefix = torch.arange(self.num_prefix, device=kept.device).expand(kept.shape[0], -1)
+        index = torch.cat([prefix, kept], 1)
+        tensor = tensor.expand(index.shape[0], *tensor.shape[1:])
+        shape = [index.shape[1] if axis == dim else 1 for axis in range(1, tensor.dim())]
+        return tensor.take_along_dim(index.view(-1, *shape), dim)
+
+    def restricted(self, kept: Tensor) -> AttentionContext:
+        """The prefix tokens and the patch tokens at ``kept`` ``[B, K]`` alone, as if there were no others."""
+        q, k, v = (self.take(part, kept, 2) for part in (self.q, self.k, self.v))
+        size = None if self.size is None else self.take(self.size, kept)
+        bias = self.bias
+        if bias is not None:
+            bias = self.take(bias, kept, 3)
+            bias = self.take(bias, kept, 2) if bias.shape[2] > 1 else bias
+        return dataclasses.replace(self, x=self.take(self.x, kept), q=q, k=k, v=v, size=size, bias=bias)
+
+    @property
+    def _dense_bias(self) -> bool:
+        return self.bias is not None and self.bias.shape[2] > 1
+
+    def _attention(self, tau: float) -> Tensor:
+        """The attention matrix ``[B, H, N, N]``, of models whose bias is such a matrix already."""
+        assert self.bias is not None
+        logits = (self.q * self.scale) @ self.k.transpose(-2, -1) + self.bias
+        return (logits / tau).softmax(-1)
+
+    def _biased_qk(self) -> tuple[Tensor, Tensor]:
+        """Queries and keys whose product holds the bias of the keys: one more channel, 1 times bias / scale."""
+        if self.bias is None:
+            return self.q, self.k
+        # Padding has a bias of minus infinity; times the zeros beside it, that would be NaN.
+        least = torch.finfo(self.k.dtype).min / 4 * self.scale
+        column = (self.bias.clamp_min(least) / self.scale).transpose(2, 3).to(self.k.dtype)
+        extra = 8 - self.q.shape[-1] % 8
+        k = torch.cat([self.k, column.expand(-1, self.k.shape[1], -1, -1)], -1)
+        return pad(pad(self.q, (0, 1), value=1.0), (0, extra - 1)), pad(k, (0, extra - 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +126,18 @@ class Reduced:
     Attributes:
         x: prefix tokens, kept patch tokens in their original order, then the fused token if there is one;
             ``[B, num_prefix + keep, C]``.
-        index: positions of the kept patch tokens among the tokens that came in, ascending; int64 ``[B, kept]``.
+        kept: positions of the kept patch tokens among the tokens that came in, ascending; int64 ``[B, kept]``.
         fused: whether the last token stands for every token that was not kept.
+        size: patches each token stands for, ``[B, num_prefix + keep]``; None when the method does not count them.
+        into: int64 ``[B, N]``: for every token that came in, the position, among those that came in, of the kept token
+            it was merged into, or -1. Called only when somebody asks which token stands for which patch. Kept tokens
+            may say anything. None when nothing was merged.
+        bias: whether later blocks add log(size) to their attention logits.
     """
 
     x: Tensor
-    index: Tensor
-    fused: bool
+    kept: Tensor
+    fused: bool = False
+    size: Tensor | None = None
+    into: Callable[[], Tensor] | None = None
+    bias: bool = False

@@ -19,7 +19,14 @@ class Host:
         input_size: height and width of the input image, in pixels.
         num_prefix_tokens: tokens in front of the patches (class, distillation, registers); may be 0.
         has_class_token: whether token 0 is a class token.
-        num_patches: patch tokens of one image.
+        grid: rows and columns of patches.
+        channels: width of the residual stream.
+        head_tokens: how many leading tokens are all that is read behind the blocks (1 for a class token, 2 with a
+            distillation token); None when the patch tokens are read too.
+        positional: whether the blocks themselves need to know where a token was in the image (rotary embeddings,
+            relative position bias).
+        dynamic: whether images of another size may come; the counts of a schedule are then scaled with the patches.
+        in_channels: colour channels of an image.
     """
 
     model: str
@@ -27,4 +34,14 @@ class Host:
     input_size: tuple[int, int]
     num_prefix_tokens: int
     has_class_token: bool
-    num_patches: int
+    grid: tuple[int, int]
+    channels: int
+    head_tokens: int | None = None
+    positional: bool = False
+    dynamic: bool = False
+    in_channels: int = 3
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens of one image of ``input_size``."""
+        return self.grid[0] * self.grid[1]

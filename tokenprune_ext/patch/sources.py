@@ -42,11 +42,19 @@ def record(layer: int, reduced: Reduced, num_prefix: int, num_patches: int) -> N
 
 
 def landing_positions(reduced: Reduced, num_prefix: int, num_patches: int) -> Tensor:
-    """Where every patch token that came in ended up, ``[B, num_patches]``: kept, the fused token behind them, or -1."""
-    batch, kept = reduced.index.shape
-    landing = reduced.index.new_full((batch, num_patches), kept if reduced.fused else -1)
-    positions = torch.arange(kept, device=landing.device).expand(batch, -1)
-    return landing.scatter(1, reduced.index - num_prefix, positions)
+    """Where every patch token that came in ended up among those that leave, ``[B, num_patches]``; -1 for nowhere."""
+    kept = reduced.kept - num_prefix
+    batch, count = kept.shape
+    landing = kept.new_full((batch, num_patches), count if reduced.fused else -1)
+    places = torch.arange(count, device=kept.device).expand(batch, -1)
+    if reduced.size is not None:  # padding stands for nothing
+        places = torch.where(reduced.size[:, num_prefix:] > 0, places, -1)
+    landing = landing.scatter(1, kept, places)
+    if reduced.into is None:
+        return landing
+    into = reduced.into()[:, num_prefix:] - num_prefix
+    merged = torch.where(into < 0, -1, landing.gather(1, into.clamp(min=0)))
+    return torch.where(landing < 0, merged, landing)
 
 
 def compose(source: Tensor, landing: Tensor) -> Tensor:

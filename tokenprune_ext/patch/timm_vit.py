@@ -1,244 +1,137 @@
-"""timm's VisionTransformer family: ViT, AugReg, DeiT, DeiT-III, DINOv2, SigLIP, CLIP image towers.
-
-Patching swaps the class of the pruning blocks and stores one plain object in each; nothing else is touched. No module,
-parameter, buffer or hook is added, so state dict, deepcopy, pickle and moving between devices work as before.
-"""
+"""timm's VisionTransformer family: ViT, AugReg, DeiT, DeiT-III, DINOv2, SigLIP, CLIP image towers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, Protocol
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, Block, VisionTransformer  # type: ignore[attr-defined]
+from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from .context import AttentionContext, Reduced
-from .host import Host, UnsupportedModelError
-from .sources import record
+from .adapter import HostAdapter, Projected, check_parts, kind_of, register_host, unsupported
+from .block import PrunedBlock, dense_class
+from .host import Host
 
-SUPPORTED = (
-    "timm VisionTransformer and VisionTransformerDistilled (ViT, AugReg, DeiT, DeiT-III, DINOv2, SigLIP, CLIP) "
-    "whose blocks are timm.models.vision_transformer.Block with timm's Attention"
-)
-_MODELS = (VisionTransformer, VisionTransformerDistilled)
-_BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+_BLOCK_PARTS = {
+    Block: {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"},
+    ResPostBlock: {"norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2"},
+}
 _ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop"}
 _ATTENTION_OPTIONAL = {"norm", "gate"}  # scale norm and output gate; older timm does not have them
-_STEP = "_tokenprune_step"
-_RECORD = "_tokenprune_record"
-# What these return or cut assumes that every block has a full grid of patch tokens.
-_DENSE_ONLY = ("forward_intermediates", "get_intermediate_layers", "prune_intermediate_layers")
 
 
-class TokenMethod(Protocol):
-    """What a pruning block asks of a method (see ``tokenprune_ext.methods.Method``)."""
+@register_host
+class TimmViT(HostAdapter):
+    """Whatever is a timm VisionTransformer with timm's own pre-norm or post-norm block and attention."""
 
-    @property
-    def where(self) -> Literal["attention", "block"]: ...
+    supported: ClassVar[str] = (
+        "timm VisionTransformer and VisionTransformerDistilled (ViT, AugReg, DeiT, DeiT-III, DINOv2, SigLIP, CLIP) "
+        "whose blocks are timm's Block or ResPostBlock with timm's Attention"
+    )
+    # What these return or cut assumes that every block has a full grid of patch tokens.
+    dense_only: ClassVar[tuple[str, ...]] = (
+        "forward_intermediates",
+        "get_intermediate_layers",
+        "prune_intermediate_layers",
+    )
 
-    def reduce(self, x: Tensor, ctx: AttentionContext, keep: int) -> Reduced: ...
+    def matches(self, model: nn.Module) -> bool:
+        return type(model) in (VisionTransformer, VisionTransformerDistilled)
 
+    def inspect(self, model: nn.Module) -> Host:
+        vit: Any = model
+        if type(vit.blocks) is not nn.Sequential or len(set(vit.blocks)) != len(vit.blocks):
+            raise unsupported("blocks", f"{kind_of(vit.blocks)} (expected a Sequential of distinct blocks)")
+        for index, block in enumerate(vit.blocks):
+            _check_block(f"blocks.{index}", block)
+        if not isinstance(vit.patch_drop, nn.Identity):
+            raise unsupported("patch_drop", f"{kind_of(vit.patch_drop)}; build the model with patch_drop_rate=0")
+        if vit.patch_embed.num_patches is None:
+            raise unsupported("patch_embed", "built without an image size; build the model with img_size=...")
+        height, width = vit.patch_embed.img_size
+        distilled = isinstance(vit, VisionTransformerDistilled)
+        return Host(
+            model=(getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__,
+            depth=len(vit.blocks),
+            input_size=(int(height), int(width)),
+            num_prefix_tokens=vit.num_prefix_tokens,
+            has_class_token=vit.cls_token is not None,
+            grid=tuple(vit.patch_embed.grid_size),
+            channels=vit.embed_dim,
+            head_tokens=(2 if distilled else 1) if vit.global_pool == "token" and vit.attn_pool is None else None,
+            dynamic=bool(getattr(vit, "dynamic_img_size", False)),
+            in_channels=next(part for part in vit.patch_embed.modules() if isinstance(part, nn.Conv2d)).in_channels,
+        )
 
-@dataclass(frozen=True)
-class PruningStep:
-    """What one pruning block does: ``num_patches`` patch tokens come in, ``keep`` leave."""
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        vit: Any = model
+        return list(vit.blocks)
 
-    method: TokenMethod
-    layer: int
-    num_patches: int
-    keep: int
-    host: Host
+    def call_arguments(self, attn_mask: Tensor | None = None, is_causal: bool = False) -> dict[str, Any]:
+        if attn_mask is not None or is_causal:
+            raise ValueError("attn_mask and is_causal do not work on a pruned model: the tokens they speak of are gone")
+        return {}
 
-
-class PrunedBlock(Block):
-    """timm's Block, with tokens removed between attention and MLP or after the MLP. Made by patching, never directly.
-
-    Everything of the dense block is computed as timm does it, bit for bit; query, key and value are computed once and
-    shared with the method.
-    """
-
-    _tokenprune_step: PruningStep
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """``[B, N, C]`` -> ``[B, N - num_patches + keep, C]``.
-
-        Raises:
-            ValueError: a mask was given, or the number of tokens is not the one the schedule was made for.
-        """
-        step = self._tokenprune_step
-        _check_call(step, x, attn_mask, is_causal)
-        attended, context = self._attend(self.norm1(x))
-        x = x + self.drop_path1(self.ls1(attended))
-        if step.method.where == "attention":
-            x = _reduce(step, x, context)
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        if step.method.where == "block":
-            x = _reduce(step, x, context)
-        return x
-
-    def _attend(self, x: Tensor) -> tuple[Tensor, AttentionContext]:
-        """The block's attention on normed tokens ``[B, N, C]``: the same operations in the same order as timm's."""
-        attn: Any = self.attn
-        host = self._tokenprune_step.host
-        batch, tokens, _ = x.shape
-        gate = getattr(attn, "gate", None)
-        opening = None if gate is None else gate(x).sigmoid()
-        qkv = attn.qkv(x)
-        head_dim = qkv.shape[-1] // (3 * attn.num_heads)
-        q, k, v = qkv.reshape(batch, tokens, 3, attn.num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    def project(self, block: Any, x: Tensor, queries: int, position: Tensor | None, **call: Any) -> Projected:
+        attn = block.attn
+        x = _attention_input(block, x)
+        q, k, v = fused_projection(x, attn.qkv, attn.num_heads, queries)
         q, k = attn.q_norm(q), attn.k_norm(k)
-        if attn.fused_attn:
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if attn.training else 0.0)
-        else:
-            weights = ((q * attn.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
-            out = attn.attn_drop(weights) @ v
-        out = out.transpose(1, 2).reshape(batch, tokens, attn.num_heads * head_dim)
-        norm = getattr(attn, "norm", None)
+        dropout = attn.attn_drop.p if attn.training else 0.0
+        return Projected(q, k, v, attn.scale, None, dropout, attn.fused_attn)
+
+    def add_attention(self, block: Any, x: Tensor, heads: Tensor) -> Tensor:
+        attn = block.attn
+        out = heads.transpose(1, 2).flatten(2)
+        norm, gate = getattr(attn, "norm", None), getattr(attn, "gate", None)
         if norm is not None:
             out = norm(out)
-        if opening is not None:
-            out = out * opening
-        context = AttentionContext(
-            q=q.detach(),
-            k=k.detach(),
-            v=v.detach(),
-            scale=attn.scale,
-            num_prefix=host.num_prefix_tokens,
-            has_class_token=host.has_class_token,
-            layer=self._tokenprune_step.layer,
-            depth=host.depth,
-        )
-        return attn.proj_drop(attn.proj(out)), context
+        if gate is not None:
+            out = out * gate(_attention_input(block, x)).sigmoid()
+        out = attn.proj_drop(attn.proj(out))
+        out = block.norm1(out) if isinstance(block, ResPostBlock) else block.ls1(out)
+        return x + block.drop_path1(out)
+
+    def add_mlp(self, block: Any, x: Tensor) -> Tensor:
+        if isinstance(block, ResPostBlock):
+            return x + block.drop_path2(block.norm2(block.mlp(x)))
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+    def unpatchable(self, block: Any) -> str | None:
+        if block.attn._forward_hooks or block.attn._forward_pre_hooks:
+            return "its attn has forward hooks, which a pruning block does not run"
+        return None
 
 
-def _check_call(step: PruningStep, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
-    if attn_mask is not None or is_causal:
-        raise ValueError("attn_mask and is_causal do not work on a pruned model: the tokens they speak of are gone")
-    prefix = step.host.num_prefix_tokens
-    if x.shape[1] != prefix + step.num_patches:
-        height, width = step.host.input_size
-        raise ValueError(
-            f"block {step.layer} got {x.shape[1]} tokens and expects {prefix + step.num_patches} ({prefix} prefix + "
-            f"{step.num_patches} patch): the schedule was made for {height} x {width} images; apply it again for "
-            "another input size"
-        )
+def fused_projection(x: Tensor, qkv: nn.Module, heads: int, queries: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries ``[B, H, queries, d]``, keys and values ``[B, H, N, d]`` of tokens ``[B, N, C]``, by one linear layer.
 
-
-def _reduce(step: PruningStep, x: Tensor, context: AttentionContext) -> Tensor:
-    reduced = step.method.reduce(x, context, step.keep)
-    record(step.layer, reduced, context.num_prefix, step.num_patches)
-    return reduced.x
-
-
-def _no_dense_features(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stands in for the methods of ``_DENSE_ONLY`` on a pruned model."""
-    raise ValueError(
-        f"{', '.join(_DENSE_ONLY)} do not work on a pruned model: its blocks have no full grid of patches; "
-        "call tokenprune_ext.remove first"
-    )
-
-
-def inspect_host(model: nn.Module) -> Host:
-    """Check that a model, patched or not, is one this family understands, and read its geometry. Changes nothing.
-
-    Raises:
-        UnsupportedModelError: it is not; the message names the part that is unknown.
+    Asked for few queries, it multiplies the rest of the tokens with the weights of keys and values alone; a layer that
+    is not a plain linear one (an adapter, a quantised layer) is run whole.
     """
-    if type(model) not in _MODELS:
-        hint = "; patch the model before torch.compile wraps it" if hasattr(model, "_orig_mod") else ""
-        raise UnsupportedModelError(f"{_kind(model)} is not supported{hint}. Supported: {SUPPORTED}")
-    vit: Any = model
-    if type(vit.blocks) is not nn.Sequential or len(set(vit.blocks)) != len(vit.blocks):
-        raise _unsupported("blocks", f"{_kind(vit.blocks)} (expected a Sequential of distinct blocks)")
-    for index, block in enumerate(vit.blocks):
-        _check_block(f"blocks.{index}", block)
-    if not isinstance(vit.patch_drop, nn.Identity):
-        raise _unsupported("patch_drop", f"{_kind(vit.patch_drop)}; build the model with patch_drop_rate=0")
-    if record_of(model) is None and any(name in vars(model) for name in _DENSE_ONLY):
-        raise _unsupported("forward_intermediates", "a function set on this instance by other software")
-    if vit.patch_embed.num_patches is None:
-        raise _unsupported("patch_embed", "built without an image size; build the model with img_size=...")
-    height, width = vit.patch_embed.img_size
-    config = getattr(model, "pretrained_cfg", None) or {}
-    return Host(
-        model=config.get("architecture") or type(model).__name__,
-        depth=len(vit.blocks),
-        input_size=(int(height), int(width)),
-        num_prefix_tokens=vit.num_prefix_tokens,
-        has_class_token=vit.cls_token is not None,
-        num_patches=vit.patch_embed.num_patches,
-    )
+    batch, tokens, _ = x.shape
+    if queries == tokens or type(qkv) is not nn.Linear:
+        out = qkv(x)
+        q, k, v = out.reshape(batch, tokens, 3, heads, out.shape[-1] // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q[:, :, :queries], k, v
+    width = qkv.out_features // 3
+    q_bias, kv_bias = (None, None) if qkv.bias is None else (qkv.bias[:width], qkv.bias[width:])
+    q = F.linear(x[:, :queries], qkv.weight[:width], q_bias).unflatten(2, (heads, width // heads)).transpose(1, 2)
+    kv = F.linear(x, qkv.weight[width:], kv_bias).unflatten(2, (2, heads, width // heads)).permute(2, 0, 3, 1, 4)
+    return q, kv[0], kv[1]
 
 
-def install(model: nn.Module, steps: Mapping[int, PruningStep], record: object) -> None:
-    """Turn the blocks named by ``steps`` into pruning blocks, and keep ``record`` on the model.
-
-    The model must have passed :func:`inspect_host`. Replaces an earlier patch.
-
-    Raises:
-        UnsupportedModelError: the attention of a pruning block has forward hooks. Nothing is changed then.
-    """
-    blocks: Any = model.blocks
-    for index in steps:
-        attn = blocks[index].attn
-        if attn._forward_hooks or attn._forward_pre_hooks:
-            raise _unsupported(f"blocks.{index}.attn", "forward hooks, which a pruning block does not run")
-    uninstall(model)
-    for index, step in steps.items():
-        blocks[index].__class__ = PrunedBlock
-        setattr(blocks[index], _STEP, step)
-    if steps:
-        for name in _DENSE_ONLY:
-            setattr(model, name, _no_dense_features)
-    setattr(model, _RECORD, record)
-
-
-def uninstall(model: nn.Module) -> None:
-    """Undo :func:`install` exactly; does nothing to a model that is not patched."""
-    if record_of(model) is None:
-        return
-    blocks: Any = model.blocks
-    for block in blocks:
-        if type(block) is PrunedBlock:
-            block.__class__ = Block  # type: ignore[assignment]
-            delattr(block, _STEP)
-    for name in _DENSE_ONLY:
-        if vars(model).get(name) is _no_dense_features:
-            delattr(model, name)
-    delattr(model, _RECORD)
-
-
-def record_of(model: nn.Module) -> Any:
-    """What :func:`install` was given as ``record``; None for a model that is not patched."""
-    return vars(model).get(_RECORD)
+def _attention_input(block: Any, x: Tensor) -> Tensor:
+    return x if isinstance(block, ResPostBlock) else block.norm1(x)
 
 
 def _check_block(name: str, block: Any) -> None:
-    if type(block) not in (Block, PrunedBlock):
-        raise _unsupported(name, _kind(block))
-    _check_parts(name, block, _BLOCK_PARTS, set())
+    kind = dense_class(type(block)) if isinstance(block, PrunedBlock) else type(block)
+    if kind not in _BLOCK_PARTS:
+        raise unsupported(name, kind_of(block))
+    check_parts(name, block, _BLOCK_PARTS[kind])
     if type(block.attn) is not Attention:
-        raise _unsupported(f"{name}.attn", _kind(block.attn))
-    _check_parts(f"{name}.attn", block.attn, _ATTENTION_PARTS, _ATTENTION_OPTIONAL)
-
-
-def _check_parts(name: str, module: nn.Module, needed: set[str], optional: set[str]) -> None:
-    """Whatever this software does not know of could change the result and must not be left out silently."""
-    parts = {part for part, child in module._modules.items() if child is not None}
-    own = {part for part, value in (*module._parameters.items(), *module._buffers.items()) if value is not None}
-    unknown, missing = (parts - needed - optional) | own, needed - parts
-    if unknown or missing:
-        raise _unsupported(name, f"unknown parts {sorted(unknown)}, missing parts {sorted(missing)}")
-    if "forward" in vars(module):
-        raise _unsupported(name, "its forward was replaced on this instance by other software")
-
-
-def _unsupported(part: str, what: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{part} is not supported: {what}. Supported: {SUPPORTED}")
-
-
-def _kind(module: object) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+        raise unsupported(f"{name}.attn", kind_of(block.attn))
+    check_parts(f"{name}.attn", block.attn, _ATTENTION_PARTS, _ATTENTION_OPTIONAL)

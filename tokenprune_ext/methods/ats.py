@@ -1,0 +1,72 @@
+"""ATS, adaptive token sampling: how many tokens stay depends on the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenprune_ext import ops
+from tokenprune_ext.patch.context import AttentionContext, Reduced
+from tokenprune_ext.patch.host import Host
+
+from .base import Method, register, scaled_layers
+
+if TYPE_CHECKING:
+    from tokenprune_ext.macs import BlockCost
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class ATS(Method):
+    """Inverse transform sampling of the class token's attention times the length of the value vector, at K quantiles.
+
+    Shapes stay static: ``keep`` is K, the number of quantiles ``(k - 1/2) / K``. Where several fall on one token, fewer
+    tokens stay; the places left over are padding, which nothing attends to (its ``size`` is 0). An image that keeps few
+    tokens therefore computes no faster. :func:`tokenprune_ext.trace` counts what each image kept.
+
+    Source: Fayyaz et al., "Adaptive Token Sampling for Efficient Vision Transformers", ECCV 2022, section 3.
+    """
+
+    name: ClassVar[str] = "ats"
+
+    def check_host(self, host: Host) -> None:
+        super().check_host(host)
+        if not host.has_class_token:
+            raise ValueError(f"ats scores by the class token, and {host.model} has none")
+        if host.head_tokens is None:
+            raise ValueError(f"ats pads with tokens that must not reach the classifier, and {host.model} averages all")
+
+    @property
+    def carries_size(self) -> bool:
+        return True
+
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        """Blocks 3 to 11 of 12."""
+        return tuple(range(scaled_layers((3,), depth)[0], depth))
+
+    def reduce(self, ctx: AttentionContext, keep: int) -> Reduced:
+        sampled = self.sampled(ctx, keep)
+        # The sampled tokens first; what is missing is filled up with others, which then are padding.
+        x, kept = ops.topk_gather(ctx.x, sampled, keep, ctx.num_prefix)
+        prefix = sampled.new_ones((sampled.shape[0], ctx.num_prefix))
+        return Reduced(x, kept, size=torch.cat([prefix, sampled.gather(1, kept)], 1), bias=True)
+
+    def sampled(self, ctx: AttentionContext, quantiles: int) -> Tensor:
+        """1 for every sampled token, else 0; ``[B, N]``, float32 (float64 for float64)."""
+        score = self.scores(ctx)[:, ctx.num_prefix :]
+        distribution = (score / score.sum(1, keepdim=True)).cumsum(1)
+        places = (torch.arange(quantiles, device=score.device, dtype=score.dtype) + 0.5) / quantiles
+        index = torch.searchsorted(distribution, places.expand(score.shape[0], -1).contiguous())
+        index = index.clamp(max=score.shape[1] - 1) + ctx.num_prefix  # rounding may leave the last sum below 1
+        return torch.zeros(ctx.x.shape[:2], device=score.device, dtype=score.dtype).scatter(1, index, 1.0)
+
+    def scores(self, ctx: AttentionContext) -> Tensor:
+        """Attention of the class token times length of the value vector, summed over the heads, ``[B, N]``."""
+        attention = ctx.class_attention()
+        return (attention * torch.linalg.vector_norm(ctx.v, dim=-1, dtype=attention.dtype)).sum(1)
+
+    def scoring_macs(self, cost: BlockCost, host: Host, tokens: int, keep: int) -> int:
+        return 2 * tokens * cost.heads * cost.head_dim

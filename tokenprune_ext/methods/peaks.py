@@ -1,0 +1,103 @@
+"""Peaks: keep tokens that are important and unlike any more important one; merge the others into them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenprune_ext import ops
+from tokenprune_ext.checks import check_choice
+from tokenprune_ext.patch.context import AttentionContext
+from tokenprune_ext.patch.host import Host
+
+from .base import check_number, register
+from .scored import ScoredMethod
+
+if TYPE_CHECKING:
+    from tokenprune_ext.macs import BlockCost
+
+IMPORTANCE = ("auto", "class", "received", "wpr", "norm")
+_WPR_ITERS = 5
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Peaks(ScoredMethod):
+    """Importance times diversity in one score: ``importance ** exponent * (1 - near)``.
+
+    ``near`` is a token's largest cosine similarity to a more important patch token, -1 for the most important one. What
+    is kept are the peaks of importance; each other token lies on the slope of one and is merged into it.
+
+    Args:
+        importance: ``class``: the class token's attention, averaged over the heads; ``received``: the attention of all
+            tokens; ``wpr``: page rank; ``norm``: the length of the token. All but the last count a token as often as
+            the patches it stands for. ``auto`` is ``class`` for models with a class token, else ``received``.
+        exponent: weight of importance against diversity, positive.
+        reduction: see ``ScoredMethod``.
+        proportional: see ``ScoredMethod``.
+
+    Source: this project. Relatives: density peaks (Rodriguez and Laio, Science 2014), with importance in the place of
+    density; the two stages of Zero-TPrune (CVPR 2024); token sizes of ToMe (ICLR 2023).
+    """
+
+    name: ClassVar[str] = "peaks"
+
+    reduction: str = "merge"
+    importance: str = "auto"
+    exponent: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("importance", self.importance, IMPORTANCE)
+        check_number("exponent", self.exponent, 0, strict=True)
+
+    def check_host(self, host: Host) -> None:
+        super().check_host(host)
+        if self.importance == "class" and not host.has_class_token:
+            raise ValueError(f"importance='class' needs a class token, and {host.model} has none")
+
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        """Blocks 3 to 10 of 12: every block but the first quarter and the last."""
+        return tuple(range(depth // 4, max(depth * 11 // 12, depth // 4 + 1)))
+
+    def scores(self, ctx: AttentionContext) -> Tensor:
+        """Score ``[B, N]``, float32 (float64 for float64)."""
+        importance = self._importance(ctx)
+        near, _ = ops.nearest_token(ctx.x.detach(), ranks(importance, ctx.num_prefix), ctx.num_prefix)
+        return importance**self.exponent * (1 - near)
+
+    def score_macs(self, cost: BlockCost, host: Host, tokens: int) -> int:
+        patches = tokens - host.num_prefix_tokens
+        width = cost.heads * cost.head_dim
+        attention = {"class": tokens, "received": tokens**2, "wpr": (1 + _WPR_ITERS) * tokens**2, "norm": 0}
+        return patches**2 * cost.channels + attention[self._source(host.has_class_token)] * width
+
+    def _source(self, has_class_token: bool) -> str:
+        return self.importance if self.importance != "auto" else "class" if has_class_token else "received"
+
+    def _importance(self, ctx: AttentionContext) -> Tensor:
+        match self._source(ctx.has_class_token):
+            case "class":
+                importance = ctx.class_attention().mean(1)
+            case "received":
+                importance = ctx.attention_received("mean", "all")
+            case "wpr":
+                importance = ctx.page_rank(None, _WPR_ITERS).mean(1)
+            case _:
+                return torch.linalg.vector_norm(ctx.x.detach(), dim=-1, dtype=accumulate(ctx.x.dtype))
+        return importance
+
+
+def ranks(importance: Tensor, num_prefix: int) -> Tensor:
+    """0 for the most important patch token, and so on, int64 ``[B, N]``; equal importance: the lower position."""
+    order = torch.sort(-importance[:, num_prefix:], dim=1, stable=True).indices + num_prefix
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.zeros_like(importance, dtype=torch.int64).scatter(1, order, places)
+
+
+def accumulate(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)

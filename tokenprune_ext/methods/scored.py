@@ -1,0 +1,106 @@
+"""Methods that give every token a score, and what can become of the tokens that are not kept."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tokenprune_ext import ops
+from tokenprune_ext.checks import check_bool, check_choice
+from tokenprune_ext.patch.context import AttentionContext, Reduced
+from tokenprune_ext.patch.host import Host
+
+from .base import Method
+
+if TYPE_CHECKING:
+    from tokenprune_ext.macs import BlockCost
+
+REDUCTIONS = ("drop", "mean", "weighted", "sum", "merge")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredMethod(Method):
+    """A method that keeps the patch tokens with the highest scores. Any score goes with any reduction.
+
+    Args:
+        reduction: what becomes of the others. ``drop``: they are gone. One more token behind the kept ones, which
+            counts as one of them: ``mean``: their plain mean (POMT); ``weighted``: their mean weighted by their
+            scores; ``sum``: the sum of score times token, for scores that sum to 1 (EViT). ``merge``: each is merged
+            into its most similar kept token, by cosine, as the mean weighted by how many patches each stands for.
+        proportional: after merging, a token counts in attention as often as the patches it stands for: log(size) is
+            added to the logits (ToMe, section 3).
+    """
+
+    reduction: str = "drop"
+    proportional: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        check_bool("proportional", self.proportional)
+
+    @abstractmethod
+    def scores(self, ctx: AttentionContext) -> Tensor:
+        """One score a token, ``[B, N]``, floating; the highest stay. Entries of prefix tokens are ignored."""
+
+    def score_macs(self, cost: BlockCost, host: Host, tokens: int) -> int:
+        """MACs of :meth:`scores`, at a block of this cost that ``tokens`` tokens (prefix included) enter."""
+        return 0
+
+    def reduce(self, ctx: AttentionContext, keep: int) -> Reduced:
+        return reduce_tokens(ctx, self.scores(ctx), keep, self.reduction, self.proportional)
+
+    def scoring_macs(self, cost: BlockCost, host: Host, tokens: int, keep: int) -> int:
+        patches = tokens - host.num_prefix_tokens
+        merging = (patches - keep) * keep * cost.channels if self.reduction == "merge" else 0
+        return self.score_macs(cost, host, tokens) + merging
+
+    @property
+    def carries_size(self) -> bool:
+        return self.reduction == "merge"
+
+    def min_keep(self, entering: int) -> int:
+        return 2 if self.reduction in ("mean", "weighted", "sum") else 1
+
+
+def reduce_tokens(ctx: AttentionContext, scores: Tensor, keep: int, reduction: str, proportional: bool) -> Reduced:
+    """Keep the tokens with the highest scores ``[B, N]``, and do with the others what ``reduction`` says."""
+    if reduction == "merge":
+        return merge_others(ctx, *split_tokens(scores, keep, ctx.num_prefix), proportional)
+    if reduction == "drop":
+        return Reduced(*ops.topk_gather(ctx.x, scores, keep, ctx.num_prefix))
+    fuse = "mean" if reduction == "mean" else "weighted"
+    x, kept = ops.topk_gather(ctx.x, scores, keep - 1, ctx.num_prefix, fuse)
+    if reduction == "weighted":
+        total = scores[:, ctx.num_prefix :].sum(1) - scores.gather(1, kept).sum(1)
+        x = torch.cat([x[:, :-1], x[:, -1:] / total[:, None, None].to(x.dtype)], 1)
+    return Reduced(x, kept, fused=True)
+
+
+def split_tokens(scores: Tensor, keep: int, num_prefix: int) -> tuple[Tensor, Tensor]:
+    """Positions of the ``keep`` patch tokens with the highest scores ``[B, N]``, and of the others, each ascending."""
+    # Negated and ascending: equal scores keep the lower index first, and NaN comes last.
+    order = torch.sort(-scores[:, num_prefix:], dim=1, stable=True).indices + num_prefix
+    return order[:, :keep].sort(1).values, order[:, keep:].sort(1).values
+
+
+def nearest_kept(ctx: AttentionContext, kept: Tensor) -> Tensor:
+    """For every patch token that is not kept, the position of the most similar one that is; ``[B, N]``, else -1."""
+    rank = torch.ones(ctx.x.shape[:2], dtype=torch.int64, device=kept.device).scatter(1, kept, 0)
+    _, index = ops.nearest_token(ctx.x.detach(), rank, ctx.num_prefix)
+    return index
+
+
+def merge_others(ctx: AttentionContext, kept: Tensor, dropped: Tensor, proportional: bool) -> Reduced:
+    """Every dropped token goes into its most similar kept one."""
+    return merge_into(ctx, kept, dropped, nearest_kept(ctx, kept), proportional)
+
+
+def merge_into(ctx: AttentionContext, kept: Tensor, dropped: Tensor, into: Tensor, proportional: bool) -> Reduced:
+    """Merge the tokens at ``dropped`` ``[B, R]`` into those that ``into`` ``[B, N]`` names for them."""
+    x, size = ops.merge_tokens(ctx.x, ctx.size, kept, dropped, into.gather(1, dropped), ctx.num_prefix)
+    return Reduced(x, kept, size=size, into=lambda: into, bias=proportional)

@@ -1,0 +1,188 @@
+"""What this package has to know of a family of models, and the registry of the families it knows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from .host import Host, UnsupportedModelError
+
+
+class Projected(NamedTuple):
+    """Queries, keys and values of a block, ready for attention.
+
+    Attributes:
+        q: ``[B, H, Q, d]``, of the first Q tokens; Q is N unless only some queries were asked for.
+        k: ``[B, H, N, d]``.
+        v: ``[B, H, N, d]``.
+        scale: factor of the logits.
+        bias: added to the logits, ``[1 or B, H, Q, N]``; None for nothing.
+        dropout: probability of dropping an attention weight.
+        fused: whether the block uses torch's fused attention.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    bias: Tensor | None = None
+    dropout: float = 0.0
+    fused: bool = True
+
+
+class HostAdapter(ABC):
+    """A family of models: where their blocks are, and the three parts a transformer block consists of.
+
+    With ``x`` the residual stream ``[B, N, C]``, a block is::
+
+        p = project(block, x, queries=N)                        # norm, q, k, v
+        x = add_attention(block, x, attention(p))               # output projection, residual
+        x = add_mlp(block, x)                                   # norm, MLP, residual
+
+    and must compute what the model's own block computes, bit for bit where it can. Tokens leave between the last two
+    lines or behind them. Register a subclass with :func:`register_host`.
+
+    Class attributes:
+        supported: what the family covers, for error messages.
+        dense_only: functions of the model that need every block to have a full grid of patches; a pruned model refuses
+            them.
+    """
+
+    supported: ClassVar[str]
+    dense_only: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def matches(self, model: nn.Module) -> bool:
+        """Whether the model is of this family; cheap, and never raises."""
+
+    @abstractmethod
+    def inspect(self, model: nn.Module) -> Host:
+        """The geometry of a model of this family, patched or not. Changes nothing.
+
+        Raises:
+            UnsupportedModelError: a part of it is not understood; the message names it.
+        """
+
+    @abstractmethod
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The transformer blocks, in the order they run in; each is called with the tokens first and returns them."""
+
+    @abstractmethod
+    def project(self, block: Any, x: Tensor, queries: int, position: Tensor | None, **call: Any) -> Projected:
+        """Queries, keys and values of tokens ``[B, N, C]``, after everything that acts on them before the product.
+
+        Args:
+            block: one of :meth:`blocks`.
+            x: the residual stream that enters the block.
+            queries: only the first so many tokens ask; at most N.
+            position: where on the patch grid the patch tokens are, int64 ``[B, N - num_prefix]``; None for all in
+                their places. Only blocks of a ``positional`` host need it.
+            call: what the model hands to its blocks beside the tokens.
+        """
+
+    @abstractmethod
+    def add_attention(self, block: Any, x: Tensor, heads: Tensor) -> Tensor:
+        """The residual stream ``[B, Q, C]`` of the tokens that asked, with the attention's output added.
+
+        Args:
+            block: one of :meth:`blocks`.
+            x: the residual stream of those tokens, as it entered the block, ``[B, Q, C]``.
+            heads: output of every head, ``[B, H, Q, d]``.
+        """
+
+    @abstractmethod
+    def add_mlp(self, block: Any, x: Tensor) -> Tensor:
+        """The residual stream ``[B, N, C]`` with the MLP's output added."""
+
+    def call_arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What the model hands to a block beside the tokens, checked, as keywords of :meth:`project`. Default: nothing.
+
+        Raises:
+            ValueError: something that does not work on a pruned model, like a mask.
+        """
+        if args or kwargs:
+            raise ValueError(f"a pruned block of this family takes tokens alone, got {args} and {kwargs}")
+        return {}
+
+    def unpatchable(self, block: nn.Module) -> str | None:
+        """Why a block cannot be patched as it is now (hooks inside it that would not run); None when it can."""
+        return None
+
+
+def attend(p: Projected, bias: Tensor | None) -> Tensor:
+    """Output of every head, ``[B, H, Q, d]``; ``bias`` ``[B, 1, 1, N]`` comes on top of the block's own."""
+    if p.bias is not None:
+        bias = p.bias if bias is None else p.bias + bias
+    if p.fused:
+        return scaled_dot_product_attention(p.q, p.k, p.v, attn_mask=bias, dropout_p=p.dropout, scale=p.scale)
+    logits = (p.q * p.scale) @ p.k.transpose(-2, -1)
+    weights = (logits if bias is None else logits + bias).softmax(dim=-1)
+    return torch.dropout(weights, p.dropout, train=p.dropout > 0) @ p.v
+
+
+AdapterClass = TypeVar("AdapterClass", bound=type[HostAdapter])
+_adapters: list[HostAdapter] = []
+
+
+def register_host(cls: AdapterClass) -> AdapterClass:
+    """Class decorator: make a family of models known. The latest that matches a model is asked first."""
+    _adapters[:] = [cls(), *(known for known in _adapters if type(known) is not cls)]
+    return cls
+
+
+def adapter_of(model: nn.Module) -> HostAdapter:
+    """The family a model belongs to.
+
+    Raises:
+        UnsupportedModelError: none matches.
+    """
+    for adapter in _adapters:
+        if adapter.matches(model):
+            return adapter
+    hint = "; patch the model before torch.compile wraps it" if hasattr(model, "_orig_mod") else ""
+    known = "; ".join(adapter.supported for adapter in reversed(_adapters))
+    raise UnsupportedModelError(f"{kind_of(model)} is not supported{hint}. Supported: {known}")
+
+
+def kind_of(module: object) -> str:
+    """Full name of a module's class, for messages."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def check_parts(
+    name: str,
+    module: nn.Module,
+    needed: AbstractSet[str],
+    optional: AbstractSet[str] = frozenset(),
+    own: AbstractSet[str] = frozenset(),
+) -> None:
+    """Whatever an adapter does not know of could change the result and must not be left out silently.
+
+    Args:
+        name: where the module is in the model, for the message.
+        module: what to look at.
+        needed: submodules it must have.
+        optional: submodules it may have.
+        own: parameters and buffers it may have itself.
+
+    Raises:
+        UnsupportedModelError: another part is there, one is missing, or ``forward`` was replaced on the instance.
+    """
+    parts = {part for part, child in module._modules.items() if child is not None}
+    tensors = {part for part, value in (*module._parameters.items(), *module._buffers.items()) if value is not None}
+    unknown, missing = (parts - needed - optional) | (tensors - own), needed - parts
+    if unknown or missing:
+        raise unsupported(name, f"unknown parts {sorted(unknown)}, missing parts {sorted(missing)}")
+    if "forward" in vars(module):
+        raise unsupported(name, "its forward was replaced on this instance by other software")
+
+
+def unsupported(part: str, what: str) -> UnsupportedModelError:
+    """The error that refuses a model because of one part of it."""
+    return UnsupportedModelError(f"{part} is not supported: {what}")

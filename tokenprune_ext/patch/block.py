@@ -1,0 +1,177 @@
+"""A transformer block that removes tokens: any known block, taken apart where its family says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import HostAdapter, Projected, attend
+from .context import AttentionContext, Reduced
+from .host import Host
+from .sources import record
+from .state import TokenState, log_size
+
+PLAN = "_tokenprune_plan"
+
+
+class TokenMethod(Protocol):
+    """What a pruning block asks of a method (see ``tokenprune_ext.methods.Method``)."""
+
+    @property
+    def where(self) -> Literal["attention", "block"]: ...
+
+    def reduce(self, ctx: AttentionContext, keep: int) -> Reduced: ...
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What one patched block does.
+
+    Attributes:
+        adapter: the family of the model.
+        host: its geometry.
+        method: how tokens are chosen.
+        layer: 0-based index of the block.
+        num_patches: patch tokens that come in, for an image of the host's input size.
+        keep: patch tokens that leave; equal to ``num_patches`` where nothing is pruned.
+        queries: only the first so many tokens are computed and leave (the last block, when the head reads only
+            those); None for all.
+    """
+
+    adapter: HostAdapter
+    host: Host
+    method: TokenMethod
+    layer: int
+    num_patches: int
+    keep: int
+    queries: int | None = None
+
+
+class PrunedBlock(nn.Module):
+    """Mixin in front of a block's own class; blocks change their class to one of these when they are patched.
+
+    Everything of the dense block is computed as the model does it; queries, keys and values are computed once and
+    shared with the method. No module, parameter, buffer or hook is added.
+    """
+
+    _tokenprune_plan: BlockPlan
+
+    def forward(self, x: Tensor | TokenState, *args: Any, **kwargs: Any) -> TokenState | Tensor:
+        """Tokens ``[B, N, C]`` or a state in, fewer of them out.
+
+        Raises:
+            ValueError: a mask was given, or the number of tokens is not the one the schedule was made for.
+        """
+        plan = self._tokenprune_plan
+        call = plan.adapter.call_arguments(*args, **kwargs)
+        state = x if isinstance(x, TokenState) else TokenState(x)
+        keep = _keep_count(plan, state.x.shape[1])
+        state = _run(plan, self, state, keep, call)
+        return state.x if plan.layer == plan.host.depth - 1 else state.handed_on()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made at run time, so a copy is told how to make it again."""
+        return _new, (dense_class(type(self)),), self.__dict__
+
+
+_classes: dict[type[nn.Module], type[PrunedBlock]] = {}
+
+
+def pruned_class(dense: type[nn.Module]) -> type[PrunedBlock]:
+    """The class of a patched block, from the class of the dense one; always the same one."""
+    if dense not in _classes:
+        _classes[dense] = type(f"Pruned{dense.__name__}", (PrunedBlock, dense), {"__module__": __name__})
+    return _classes[dense]
+
+
+def dense_class(pruned: type) -> type[nn.Module]:
+    """The class a patched block had before."""
+    dense: type[nn.Module] = pruned.__bases__[1]
+    return dense
+
+
+def _new(dense: type[nn.Module]) -> nn.Module:
+    cls = pruned_class(dense)
+    return cls.__new__(cls)
+
+
+def _keep_count(plan: BlockPlan, tokens: int) -> int:
+    """Patch tokens that leave, for the tokens that came in."""
+    patches = tokens - plan.host.num_prefix_tokens
+    if patches == plan.num_patches:
+        return plan.keep
+    if plan.host.dynamic and patches > 0:
+        return max(1, plan.keep * patches // plan.num_patches)
+    prefix = plan.host.num_prefix_tokens
+    height, width = plan.host.input_size
+    raise ValueError(
+        f"block {plan.layer} got {tokens} tokens and expects {prefix + plan.num_patches} ({prefix} prefix + "
+        f"{plan.num_patches} patch): the schedule was made for {height} x {width} images; apply it again for another "
+        "input size"
+    )
+
+
+def _run(plan: BlockPlan, block: nn.Module, state: TokenState, keep: int, call: dict[str, Any]) -> TokenState:
+    adapter, prefix = plan.adapter, plan.host.num_prefix_tokens
+    x = state.x
+    queries = x.shape[1] if plan.queries is None else plan.queries
+    prunes = plan.queries is None and keep < x.shape[1] - prefix
+    projected = adapter.project(block, x, queries, state.position, **call)
+    heads = attend(projected, state.bias)
+    state = state._replace(x=adapter.add_attention(block, x[:, :queries], heads))
+    if prunes and plan.method.where == "attention":
+        state = _reduce(plan, state, projected, keep)
+    state = state._replace(x=adapter.add_mlp(block, state.x))
+    if prunes and plan.method.where == "block":
+        state = _reduce(plan, state, projected, keep)
+    return state
+
+
+def _reduce(plan: BlockPlan, state: TokenState, projected: Projected, keep: int) -> TokenState:
+    host = plan.host
+    bias = _sum(projected.bias, state.bias)
+    context = AttentionContext(
+        x=state.x,
+        q=projected.q.detach(),
+        k=projected.k.detach(),
+        v=projected.v.detach(),
+        scale=projected.scale,
+        num_prefix=host.num_prefix_tokens,
+        has_class_token=host.has_class_token,
+        layer=plan.layer,
+        depth=host.depth,
+        size=state.size,
+        bias=None if bias is None else bias.detach(),
+    )
+    reduced = plan.method.reduce(context, keep)
+    record(plan.layer, reduced, context.num_prefix, context.num_patches)
+    return TokenState(
+        x=reduced.x,
+        size=reduced.size,
+        bias=log_size(reduced.size, projected.q.dtype) if reduced.bias and reduced.size is not None else None,
+        position=_positions(state.position, reduced, host) if host.positional else None,
+    )
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return second if first is None else first if second is None else first + second
+
+
+def _positions(position: Tensor | None, reduced: Reduced, host: Host) -> Tensor:
+    """Where the tokens that leave are on the grid; a fused token is at the centre of those it stands for."""
+    kept = reduced.kept - host.num_prefix_tokens
+    if position is None:
+        position = torch.arange(host.num_patches, device=kept.device).expand(kept.shape[0], -1)
+    staying = position.gather(1, kept)
+    if not reduced.fused:
+        return staying
+    columns = host.grid[1]
+    count = position.shape[1] - kept.shape[1]
+    row, column = (
+        ((of(position).sum(1, keepdim=True) - of(staying).sum(1, keepdim=True)).double() / count).round().long()
+        for of in (lambda place: place // columns, lambda place: place % columns)
+    )
+    return torch.cat([staying, row * columns + column], 1)
