@@ -27,10 +27,10 @@ def _candidates(rank: Tensor) -> int:
 
 def cases(device: str) -> Iterator[Case]:
     for batch, tokens, channels in metric_shapes(device):
-        order = torch.rand(batch, tokens, device=device).argsort(1)
+        order = torch.rand(batch, tokens).argsort(1)  # on the CPU, where pairs are counted
         half = (order >= tokens // 2).long()
         for ranks, rank in (("importance", order), ("kept half", half)):
-            pairs = _candidates(rank[:, PREFIX:])
+            pairs, rank = _candidates(rank[:, PREFIX:]), rank.to(device)
             for dtype in (torch.float32, torch.bfloat16):
                 metric = torch.randn(batch, tokens, channels, device=device).to(dtype)
                 yield Case(

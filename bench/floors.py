@@ -1,4 +1,4 @@
-"""What a device can do at best, measured: copying, and multiplying matrices. Floors of operators are made of it."""
+"""What a device can do at best: copying, and multiplying matrices. Floors of operators are made of it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,26 @@ class Rates:
         return max(bytes_moved / self.bytes_per_s, flops / self.flop_per_s)
 
 
+@dataclass(frozen=True)
+class DataSheet:
+    """What a data sheet promises, not measured: memory, its bandwidth, dense bfloat16 products on tensor cores."""
+
+    arch: str
+    memory_bytes: float
+    rates: Rates
+
+
+DATA_SHEETS = {
+    "A100 SXM 80 GB": DataSheet("sm_80", 80e9, Rates(2.039e12, 312e12)),
+    "Jetson AGX Orin 64 GB": DataSheet("sm_87", 64e9, Rates(204.8e9, 170e12 / 4)),  # 170 sparse int8 TOPS
+    "H100 SXM": DataSheet("sm_90", 80e9, Rates(3.35e12, 989e12)),
+    "H200 SXM": DataSheet("sm_90", 141e9, Rates(4.8e12, 989e12)),
+}
+
+
 @functools.cache
 def rates(device: str, dtype: torch.dtype) -> Rates:
-    """The rates of the device, with the threads and the precision (tf32 or not) that are set in torch."""
+    """The measured rates of the device, with the threads and the precision (tf32 or not) that are set in torch."""
     return Rates(2 * COPY_BYTES / _copy_s(device), 2 * MATRIX[device] ** 3 / _product_s(device, dtype))
 
 

@@ -22,6 +22,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from tokenprune_ext.launches import shorten
+
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'")
 SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
@@ -59,17 +61,6 @@ class Record:
 class Difference:
     text: str
     error: bool
-
-
-def shorten(name: str) -> str:
-    """A demangled name without return type, our namespaces and parameter list."""
-    name = re.sub(r"^void |tokenprune::|\(anonymous namespace\)::", "", name)
-    depth = 0
-    for place, letter in enumerate(name):
-        if letter == "(" and depth == 0:
-            return name[:place]
-        depth += {"<": 1, ">": -1}.get(letter, 0)
-    return name
 
 
 def demangle(names: list[str]) -> list[str]:

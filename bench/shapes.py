@@ -17,13 +17,14 @@ COPIES = 8  # in float32: what a reference and the making of its inputs may hold
 
 
 def attention_shapes(device: str) -> list[tuple[int, int, int]]:
-    """Batch, heads and tokens; the smallest matrices first. A GPU gets all whose references fit its memory."""
+    """Batch, heads and tokens, the smallest matrices first: those whose references fit the GPU; for meta, all."""
     if device == "cpu":
         return list(ON_CPU)
+    found = sorted(((batch, heads, tokens) for heads, tokens in MODELS for batch in BATCHES), key=_matrix)
+    if device == "meta":
+        return found
     memory = torch.cuda.get_device_properties(device).total_memory
-    found = [(batch, heads, tokens) for heads, tokens in MODELS for batch in BATCHES]
-    fitting = [shape for shape in found if _matrix(shape) * 4 * COPIES <= memory]
-    return sorted(fitting, key=_matrix)
+    return [shape for shape in found if _matrix(shape) * 4 * COPIES <= memory]
 
 
 def token_shapes(device: str) -> list[tuple[int, int, int]]:

@@ -1,4 +1,4 @@
-// The module `_native`: how this package was built, and what the GPUs are. No torch, no tensors.
+// The module `_native`: how this package was built, what the GPUs are and what is launched. No torch, no tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +10,8 @@
 #endif
 
 namespace py = pybind11;
+
+void bind_launches(py::module_& m);  // launches.cpp
 
 namespace {
 
@@ -89,7 +91,7 @@ py::dict cuda_versions() {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "How this package was built, and what the GPUs are.";
+  m.doc() = "How this package was built, what the GPUs are and what is launched on them.";
   m.def("build_info", &build_info,
         "Versions of the package, of the torch it was built against, of its stable ABI target and of the compilers; "
         "`cuda` is None for a CPU-only build.");
@@ -100,4 +102,5 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "device_properties", &device_properties, py::arg("device") = 0,
       "Properties of one CUDA device; clocks in kHz, sizes in bytes. Raises ValueError when there is no such device.");
+  bind_launches(m);
 }

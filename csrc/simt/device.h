@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "../cuda/kernels/record_launch.h"
 #include "executor.h"
 #include "matrix.h"
 #include "races.h"
@@ -198,11 +199,14 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, cudaStream_t,
                    Arguments... arguments) {
   int limit = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
   if (error != cudaSuccess) return error;
   if (shared_bytes > limit || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
+  bool execute = true;
+  error = record_launch(reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes, &execute);
+  if (error != cudaSuccess || !execute) return error;
   simt::run(grid, dim3(threads), shared_bytes, [=] { kernel(static_cast<Parameters>(arguments)...); });
   return cudaSuccess;
 }

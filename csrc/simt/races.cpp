@@ -21,13 +21,13 @@ std::string report() { return {}; }
 
 #else
 
-#include <dlfcn.h>
-
 #include <array>
 #include <cstdio>
 #include <memory>
 #include <unordered_map>
 #include <vector>
+
+#include "symbols.h"
 
 namespace simt::races {
 namespace {
@@ -91,24 +91,14 @@ bool ordered(const Access& before) {
   return clocks[thread].seen[before.thread % kLanes] >= before.clock;
 }
 
-// "file:line" of an address, by binutils' addr2line; of the caller when it is inside an intrinsic of ours.
+// "file:line" of an address; of the caller when it is inside an intrinsic of ours.
 std::string source_of(uintptr_t code) {
-  Dl_info info;
-  if (!dladdr(reinterpret_cast<void*>(code), &info)) return "an unknown place";
-  char command[4096];
-  std::snprintf(command, sizeof command, "addr2line -Cpfsie '%s' 0x%zx", info.dli_fname,
-                static_cast<size_t>(code - 1 - reinterpret_cast<uintptr_t>(info.dli_fbase)));
   std::string place = "an unknown place";
-  if (FILE* pipe = popen(command, "r")) {
-    char buffer[4096];
-    while (std::fgets(buffer, sizeof buffer, pipe)) {
-      const std::string line(buffer);
-      const size_t at = line.rfind(" at ");
-      if (at == std::string::npos) break;
-      place = line.substr(at + 4, line.find_first_of(" \n", at + 4) - at - 4);
-      if (place.rfind("device.h:", 0) != 0 && place.rfind("matrix.h:", 0) != 0) break;
-    }
-    pclose(pipe);
+  for (const std::string& line : addr2line("-Cpfsi", reinterpret_cast<void*>(code - 1))) {
+    const size_t at = line.rfind(" at ");
+    if (at == std::string::npos) break;
+    place = line.substr(at + 4, line.find(' ', at + 4) - at - 4);
+    if (place.rfind("device.h:", 0) != 0 && place.rfind("matrix.h:", 0) != 0) break;
   }
   return place;
 }

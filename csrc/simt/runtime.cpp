@@ -6,6 +6,7 @@
 #include <string>
 
 #include "executor.h"
+#include "symbols.h"
 
 namespace {
 
@@ -41,6 +42,28 @@ cudaError_t cudaGetDevice(int* device) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = present->at(attribute);  // out_of_range: add the attribute above
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetName(const char** name, const void* kernel) {
+  static std::map<const void*, std::string> names;
+  std::string& found = names[kernel];
+  if (found.empty()) {
+    const auto lines = simt::addr2line("-f", kernel);
+    if (lines.empty()) return cudaErrorInvalidDeviceFunction;
+    found = lines.front();
+  }
+  *name = found.c_str();
+  return cudaSuccess;
+}
+
+// Only ptxas knows what a kernel takes, and with it how many blocks a multiprocessor holds: 0 stands for that.
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {};
+  return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  *blocks = 0;
   return cudaSuccess;
 }
 

@@ -46,15 +46,25 @@ def build() -> Path:
     return BUILD
 
 
+def path() -> Path:
+    """The library with the kernels."""
+    return BUILD / f"_C_simt_{VARIANT}.so"
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
-    path = build() / f"_C_simt_{VARIANT}.so"
-    torch.ops.load_library(path)
-    return ctypes.CDLL(str(path))
+    build()
+    torch.ops.load_library(path())
+    return ctypes.CDLL(str(path()))
+
+
+def configure(architecture: str, order: str = ORDERS[0], seed: int = 0) -> None:
+    """From now on the host is such a device, and runs its threads in this order."""
+    assert library().tokenprune_simt_configure(architecture.encode(), order.encode(), seed) == 0
 
 
 @functools.cache
-def define(op: str) -> torch.library.Library:
+def _define(op: str) -> torch.library.Library:
     """The operator's schema under the namespace of the host kernels; kept, because it goes when the object goes."""
     schema = str(getattr(torch.ops.tokenprune, op).default._schema)
     namespace = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -62,16 +72,21 @@ def define(op: str) -> torch.library.Library:
     return namespace
 
 
-def run(op: str, architecture: str, *args: Any) -> Tensor | tuple[Tensor, ...]:
+def call(op: str, *args: Any) -> tuple[Tensor, ...]:
+    """The operator's CUDA kernels on the device and in the order that are configured."""
+    library()
+    _define(op)
+    result = getattr(getattr(torch.ops, NAMESPACE), op)(*args)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def run(op: str, architecture: str, *args: Any) -> tuple[Tensor, ...]:
     """The operator's CUDA kernels on a simulated device. The order of the threads must not show in the result."""
-    configure = library().tokenprune_simt_configure
-    define(op)
     orders = ORDERS if VARIANT == "races" else ORDERS[-1:]  # an index is out of bounds in any order
     results = []
     for order in orders:
-        assert configure(architecture.encode(), order.encode(), len(results)) == 0
-        result = getattr(getattr(torch.ops, NAMESPACE), op)(*args)
-        results.append(result if isinstance(result, tuple) else (result,))
+        configure(architecture, order, len(results))
+        results.append(call(op, *args))
     for order, other in zip(orders, results, strict=True):
         for first, same in zip(results[0], other, strict=True):
             torch.testing.assert_close(

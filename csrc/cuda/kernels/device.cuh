@@ -13,6 +13,8 @@
 
 #include <cstdint>
 
+#include "record_launch.h"
+
 // An array of the block: TOKENPRUNE_SHARED(float, sums, 32);
 #define TOKENPRUNE_SHARED(type, name, count) __shared__ type name[count]
 
@@ -106,6 +108,9 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
+  bool execute = true;
+  const cudaError_t error = record_launch(reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes, &execute);
+  if (error != cudaSuccess || !execute) return error;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
