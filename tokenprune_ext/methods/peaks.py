@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenprune_ext import ops
-from tokenprune_ext.checks import check_choice
+from tokenprune_ext.checks import check_bool, check_choice
 from tokenprune_ext.patch.context import AttentionContext
 from tokenprune_ext.patch.host import Host
 
@@ -32,9 +32,12 @@ class Peaks(ScoredMethod):
     is kept are the peaks of importance; each other token lies on the slope of one and is merged into it.
 
     Args:
-        importance: ``class``: the class token's attention, averaged over the heads; ``received``: the attention of all
-            tokens; ``wpr``: page rank; ``norm``: the length of the token. All but the last count a token as often as
-            the patches it stands for. ``auto`` is ``class`` for models with a class token, else ``received``.
+        importance: ``class``: the class token's attention; ``received``: the attention of all tokens; ``wpr``: page
+            rank, 5 iterations; each averaged over the heads. ``norm``: the length of the token. ``auto`` is ``class``
+            for models with a class token, else ``received``. Attention counts a token as often as the patches it stands
+            for, by its log(size).
+        value_length: the first three are multiplied, head by head, with the length of the token's value vector: what a
+            token adds to others is its attention times its value.
         exponent: weight of importance against diversity, positive.
         reduction: see ``ScoredMethod``.
         proportional: see ``ScoredMethod``.
@@ -47,11 +50,13 @@ class Peaks(ScoredMethod):
 
     reduction: str = "merge"
     importance: str = "auto"
-    exponent: float = 0.5
+    value_length: bool = True
+    exponent: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("importance", self.importance, IMPORTANCE)
+        check_bool("value_length", self.value_length)
         check_number("exponent", self.exponent, 0, strict=True)
 
     def check_host(self, host: Host) -> None:
@@ -65,30 +70,37 @@ class Peaks(ScoredMethod):
 
     def scores(self, ctx: AttentionContext) -> Tensor:
         """Score ``[B, N]``, float32 (float64 for float64)."""
-        importance = self._importance(ctx)
+        importance = self.importance_scores(ctx)
         near, _ = ops.nearest_token(ctx.x.detach(), ranks(importance, ctx.num_prefix), ctx.num_prefix)
         return importance**self.exponent * (1 - near)
 
     def score_macs(self, cost: BlockCost, host: Host, tokens: int) -> int:
+        """A token is compared with the more important ones only: every pair once."""
         patches = tokens - host.num_prefix_tokens
         width = cost.heads * cost.head_dim
         attention = {"class": tokens, "received": tokens**2, "wpr": (1 + _WPR_ITERS) * tokens**2, "norm": 0}
-        return patches**2 * cost.channels + attention[self._source(host.has_class_token)] * width
+        pairs = patches * (patches - 1) // 2
+        return pairs * cost.channels + attention[self._source(host.has_class_token)] * width
 
     def _source(self, has_class_token: bool) -> str:
         return self.importance if self.importance != "auto" else "class" if has_class_token else "received"
 
-    def _importance(self, ctx: AttentionContext) -> Tensor:
-        match self._source(ctx.has_class_token):
-            case "class":
-                importance = ctx.class_attention().mean(1)
-            case "received":
-                importance = ctx.attention_received("mean", "all")
-            case "wpr":
-                importance = ctx.page_rank(None, _WPR_ITERS).mean(1)
-            case _:
-                return torch.linalg.vector_norm(ctx.x.detach(), dim=-1, dtype=accumulate(ctx.x.dtype))
-        return importance
+    def importance_scores(self, ctx: AttentionContext) -> Tensor:
+        """Importance ``[B, N]``, float32 (float64 for float64)."""
+        dtype = torch.promote_types(ctx.x.dtype, torch.float32)
+        source = self._source(ctx.has_class_token)
+        if source == "norm":
+            return torch.linalg.vector_norm(ctx.x.detach(), dim=-1, dtype=dtype)
+        if source == "received" and not self.value_length:
+            return ctx.attention_received("mean", "all")
+        if source == "class":
+            heads = ctx.class_attention()
+        else:
+            # One iteration from ones is the attention received, head by head.
+            heads = ctx.page_rank(None, 1 if source == "received" else _WPR_ITERS)
+        if self.value_length:
+            heads = heads * torch.linalg.vector_norm(ctx.v, dim=-1, dtype=heads.dtype)
+        return heads.mean(1)
 
 
 def ranks(importance: Tensor, num_prefix: int) -> Tensor:
@@ -96,8 +108,3 @@ def ranks(importance: Tensor, num_prefix: int) -> Tensor:
     order = torch.sort(-importance[:, num_prefix:], dim=1, stable=True).indices + num_prefix
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.zeros_like(importance, dtype=torch.int64).scatter(1, order, places)
-
-
-def accumulate(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
