@@ -146,8 +146,11 @@ def append(output: Path, records: list[dict[str, Any]], where: dict[str, Any]) -
             file.write(json.dumps({**record, "commit": commit(), "environment": where}) + "\n")
 
 
-def main(op: str, doc: str, cases: Callable[[str], Iterable[Case]]) -> None:
-    """The command line of one benchmark. ``cases`` gets the device, ``cpu`` or ``cuda``."""
+def main(op: str, doc: str, cases: Callable[[str], Iterable[Case]], *, compiled: bool = True) -> None:
+    """The command line of one benchmark. ``cases`` gets the device, ``cpu`` or ``cuda``.
+
+    With ``compiled`` the operator must have a compiled kernel; a benchmark of torch's own functions says False.
+    """
 
     @click.command(help=doc)
     @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
@@ -159,7 +162,7 @@ def main(op: str, doc: str, cases: Callable[[str], Iterable[Case]]) -> None:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         where = environment(torch.device(device))
-        if not has_kernel(op, device):
+        if compiled and not has_kernel(op, device):
             raise click.ClickException(f"there is no compiled kernel of {op} for {device}")
         records = []
         start = time.perf_counter()
