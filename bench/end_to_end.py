@@ -1,14 +1,18 @@
-"""Whole models: dense with fused attention against every registered method at 64 % of the blocks' MACs.
+"""Whole models: dense with fused attention against every registered method at 65 % of the blocks' MACs.
 
 Random weights: they decide which tokens are kept, not how long that takes. Eager first, since compiling takes minutes.
+On a CPU, eager models also report which share of the time goes into choosing, merging and gathering tokens.
 """
 
 from __future__ import annotations
 
 import itertools
+import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import torch
@@ -21,11 +25,13 @@ from tokenprune_ext import apply, describe, methods
 from tokenprune_ext.compare import DENSE, share
 from tokenprune_ext.environment import environment
 from tokenprune_ext.latency import measure_latency
+from tokenprune_ext.patch import block
 
 MODELS = ("deit_small_patch16_224", "deit_base_patch16_224")
 BATCHES = (256, 1)
-MACS = 0.64
+MACS = 0.65
 EAGER = "eager"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,10 @@ class Setting:
 
 def pruned_models(dense: nn.Module) -> dict[str, nn.Module]:
     """Every registered method by name, on copies that share the dense model's weights."""
-    models = {}
+    models = {"dense, class token only": apply(share(dense), methods.create("dense", class_token_only=True))}
     for name in methods.available():
+        if name == "dense":
+            continue
         try:
             models[name] = apply(share(dense), name, macs=MACS)
         except ValueError as error:  # this method cannot do this model; others may
@@ -53,6 +61,27 @@ def _compiled(models: dict[str, nn.Module], backend: str) -> dict[str, nn.Module
     torch.compiler.reset()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(models))
     return {name: torch.compile(model, backend=backend, fullgraph=True) for name, model in models.items()}
+
+
+def selection_share(model: nn.Module, images: torch.Tensor, rounds: int = 5) -> float:
+    """Median share of a forward on a CPU that is spent in the methods: scores, selection, gathering, merging."""
+    reduce = block._reduce
+    inside = 0.0
+
+    def timed(*args: Any) -> Any:
+        nonlocal inside
+        start = time.perf_counter()
+        state = reduce(*args)
+        inside += time.perf_counter() - start
+        return state
+
+    shares = []
+    with mock.patch.object(block, "_reduce", timed), torch.inference_mode():
+        for _ in range(rounds):
+            inside, start = 0.0, time.perf_counter()
+            model(images)
+            shares.append(inside / (time.perf_counter() - start))
+    return statistics.median(shares)
 
 
 def end_to_end(dense: nn.Module, setting: Setting, device: str, dtype: torch.dtype, budget_s: float) -> list[dict]:
@@ -71,6 +100,7 @@ def end_to_end(dense: nn.Module, setting: Setting, device: str, dtype: torch.dty
     size = macs[DENSE].input_size
     images = torch.randn(setting.batch, 3, *size, device=device, dtype=dtype)
     latency = measure_latency(models, images, budget_s=budget_s)
+    synchronous = device == "cpu" and setting.compiler == EAGER
     records = []
     for name, found in latency.items():
         ideal = macs[name].dense_model_macs / macs[name].model_macs
@@ -90,13 +120,14 @@ def end_to_end(dense: nn.Module, setting: Setting, device: str, dtype: torch.dty
                 "speedup": found.speedup,
                 "ideal": ideal,
                 "of_ideal": found.speedup / ideal,
+                **({"selection": selection_share(models[name], images)} if synchronous else {}),
             }
         )
     return records
 
 
 def show(records: list[dict[str, Any]]) -> None:
-    table = Table("model", "batch", "compiler", "method", "median ms", "speed-up", "ideal", "of ideal")
+    table = Table("model", "batch", "compiler", "method", "median ms", "speed-up", "ideal", "of ideal", "selection")
     for record in records:
         table.add_row(
             record["model"],
@@ -106,6 +137,7 @@ def show(records: list[dict[str, Any]]) -> None:
             f"{record['median_s'] * 1e3:.3f}",
             *(f"{record[key]:.3f} x" for key in ("speedup", "ideal")),
             f"{record['of_ideal']:.1%}",
+            f"{record['selection']:.1%}" if "selection" in record else "",
         )
     Console(width=120).print(table)
 
@@ -115,15 +147,30 @@ def show(records: list[dict[str, Any]]) -> None:
 @click.option(
     "--budget", type=click.FloatRange(0), default=5.0, show_default=True, help="Seconds a run of all methods."
 )
+@click.option("--model", "models", multiple=True, default=MODELS, show_default=True, help="A timm model.")
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=BATCHES, show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True)
+@click.option("--compiler", "compilers", multiple=True, default=(EAGER, "inductor"), show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=torch.get_num_threads(), show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), help="Append the records to this JSON-lines file.")
-def main(device: str, budget: float, output: Path | None) -> None:
+def main(
+    device: str,
+    budget: float,
+    models: tuple[str, ...],
+    batches: tuple[int, ...],
+    dtype: str,
+    compilers: tuple[str, ...],
+    threads: int,
+    output: Path | None,
+) -> None:
     import timm
 
     torch.manual_seed(0)
+    torch.set_num_threads(threads)
     where = environment(torch.device(device))
-    dense = {name: timm.create_model(name, pretrained=False) for name in MODELS}
-    for compiler, name, batch in itertools.product((EAGER, "inductor"), MODELS, BATCHES):
-        records = end_to_end(dense[name], Setting(name, batch, compiler), device, torch.bfloat16, budget)
+    dense = {name: timm.create_model(name, pretrained=False) for name in models}
+    for compiler, name, batch in itertools.product(compilers, models, batches):
+        records = end_to_end(dense[name], Setting(name, batch, compiler), device, DTYPES[dtype], budget)
         show(records)
         if output:
             append(output, records, where)
