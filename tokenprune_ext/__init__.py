@@ -13,6 +13,7 @@ from ._loader import load
 if TYPE_CHECKING:
     from . import methods as methods
     from .patch import UnsupportedModelError as UnsupportedModelError
+    from .patch import restore as restore
     from .prune import Description, Trace, apply, describe, remove, schedule_of, trace
     from .schedule import Schedule
 
@@ -31,6 +32,7 @@ _HOMES = {
     "apply": "prune",
     "describe": "prune",
     "remove": "prune",
+    "restore": "patch",
     "schedule_of": "prune",
     "trace": "prune",
 }
@@ -47,6 +49,7 @@ __all__ = [
     "methods",
     "ops",
     "remove",
+    "restore",
     "schedule_of",
     "trace",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .macs import block_costs, blocks_macs, outside_macs
 from .methods import Dense, Method
 from .patch import BlockPlan, Host, HostAdapter, adapter_of, inspect_host, install, record_of, uninstall
-from .patch.sources import recording
+from .patch.sources import recording, standing
 from .schedule import Schedule
 
 
@@ -76,20 +76,27 @@ def schedule_of(model: nn.Module) -> Schedule:
 
 @dataclass(frozen=True)
 class Trace:
-    """One forward of a pruned model with its source maps.
+    """One forward of a pruned model, and what its pruning layers did.
 
     Attributes:
         output: what the model returned.
         sources: pruning layer -> int64 ``[B, n0]``: for every original patch, the 0-based position, among the patch
             tokens that leave the layer, of the token that stands for it, or -1 for none.
+        counts: pruning layer -> int64 ``[B]``: how many patch tokens of each image leave the layer, a fused one among
+            them, padding not. All are the schedule's count, unless the method lets the image decide (``ats``).
+        scores: pruning layer -> ``[B, n0]``, floating: for every original patch, the score of the token that stood for
+            it when the layer ranked its tokens; the highest stay. NaN where there was none. Layers of methods that do
+            not rank (``tome``) are left out.
     """
 
     output: Tensor
     sources: dict[int, Tensor]
+    counts: dict[int, Tensor]
+    scores: dict[int, Tensor]
 
 
 def trace(model: nn.Module, images: Tensor) -> Trace:
-    """Run a pruned model on images ``[B, 3, H, W]``, without gradients, and record which token stands for which patch.
+    """Run a pruned model on images ``[B, 3, H, W]``, without gradients, and record what every pruning layer did.
 
     Layers that keep every token are not in the result. Runs uncompiled also when the model is compiled in place.
 
@@ -97,9 +104,10 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         ValueError: the model is not patched, or the images have another size than its schedule.
     """
     schedule_of(model)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), recording() as sources:
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), recording() as found:
         output = model(images)
-    return Trace(output, sources)
+    counts = {layer: standing(source) for layer, source in found.sources.items()}
+    return Trace(output, found.sources, counts, found.scores)
 
 
 @dataclass(frozen=True)

@@ -277,13 +277,6 @@ def test_masks_are_refused():
         model.blocks[0](torch.randn(1, 17, 32), is_causal=True)
 
 
-@pytest.mark.parametrize("name", ["forward_intermediates", "get_intermediate_layers", "prune_intermediate_layers"])
-def test_dense_features_are_refused(name):
-    model = apply(make_host("vit"), "topk", keep=0.5)
-    with pytest.raises(ValueError, match=f"{name}.* do not work on a pruned model"):
-        getattr(model, name)(images_for(model))
-
-
 def test_functions_that_need_a_patched_model():
     model = make_host("vit")
     with pytest.raises(ValueError, match="the model is not pruned"):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from host_models import images_for, make_host
+from host_models import PRUNING, images_for, make_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokenprune_ext.methods import create
 from tokenprune_ext.patch import Reduced
 from tokenprune_ext.patch.sources import compose, landing_positions, recording
 from tokenprune_ext.prune import apply, trace
@@ -109,14 +110,92 @@ def test_fused_token_is_the_mean_of_its_patches():
         torch.testing.assert_close(inputs[0][image, -1], fused.mean(0))
 
 
+def test_counts_of_an_image_that_decides():
+    """ATS: padding does not count; every other token stands for exactly one patch."""
+    model = apply(make_host("vit", torch.float64), "ats", layers=[1, 2], keep=[14, 10])
+    images = images_for(model, batch=6)
+    sizes = []
+    hooks = [model.blocks[i].register_forward_hook(lambda *args: sizes.append(args[2].size)) for i in (1, 2)]
+    found = trace(model, images)
+    for hook in hooks:
+        hook.remove()
+    assert list(found.counts) == [1, 2]
+    for layer, size, most in zip((1, 2), sizes, (14, 10), strict=True):
+        counts = found.counts[layer]
+        assert counts.dtype == torch.int64
+        assert counts.tolist() == size[:, 1:].sum(1).tolist()
+        assert counts.tolist() == (found.sources[layer] >= 0).sum(1).tolist()
+        assert counts.max() <= most
+    assert len(set(found.counts[2].tolist())) > 1
+    assert found.counts[2].min() < 10
+
+
+@pytest.mark.parametrize("method", PRUNING)
+def test_counts_of_a_schedule(method):
+    model = apply(make_host("vit"), method, layers=[1, 2], keep=[11, 6])
+    found = trace(model, images_for(model, batch=3))
+    if method != "ats":
+        assert {layer: counts.tolist() for layer, counts in found.counts.items()} == {1: [11] * 3, 2: [6] * 3}
+    assert trace(model, images_for(model)[:0]).counts[2].shape == (0,)
+
+
+DROPPING = {"topk": {}, "random": {}, "peaks": {"reduction": "drop"}, "zero_tprune": {"similar": 0}}
+
+
+@pytest.mark.parametrize("method", DROPPING)
+def test_the_highest_scores_stay(method):
+    model = apply(make_host("vit", torch.float64), create(method, **DROPPING[method]), layers=[1, 2], keep=[11, 6])
+    found = trace(model, images_for(model, batch=3))
+    assert list(found.scores) == [1, 2]
+    for (layer, scores), entering, leaving in zip(found.scores.items(), (16, 11), (11, 6), strict=True):
+        for own, source in zip(scores, found.sources[layer], strict=True):
+            assert own.isfinite().sum() == entering
+            assert set(own.nan_to_num(-1).topk(leaving).indices.tolist()) == set(
+                (source >= 0).nonzero().flatten().tolist()
+            )
+
+
+@pytest.mark.parametrize("method", ["pomt", "evit"])
+def test_the_lowest_scores_are_fused(method):
+    model = apply(make_host("vit", torch.float64), method, layers=[1], keep=[11])
+    found = trace(model, images_for(model))
+    for own, source in zip(found.scores[1], found.sources[1], strict=True):
+        assert set(own.topk(10).indices.tolist()) == set((source < 10).nonzero().flatten().tolist())
+
+
+def test_tokens_that_were_not_ranked_have_no_score():
+    """The similarity stage of Zero-TPrune removes tokens before the survivors are ranked."""
+    model = apply(make_host("vit", torch.float64), create("zero_tprune", similar=3), layers=[1], keep=[11])
+    found = trace(model, images_for(model))
+    for own, source in zip(found.scores[1], found.sources[1], strict=True):
+        assert own.isfinite().sum() == 13
+        assert own[source >= 0].isfinite().all()
+
+
+def test_methods_that_do_not_rank_have_no_scores():
+    model = apply(make_host("vit"), "tome", layers=[1, 2], keep=[11, 6])
+    found = trace(model, images_for(model))
+    assert found.scores == {}
+    assert list(found.sources) == list(found.counts) == [1, 2]
+
+
+def test_scores_of_merged_patches_are_those_of_their_token():
+    model = apply(make_host("vit", torch.float64), "peaks", layers=[1, 2], keep=[8, 4])
+    found = trace(model, images_for(model))
+    for scores, source in zip(found.scores[2], found.sources[1], strict=True):
+        assert len(scores[source >= 0].unique()) == 8
+        for place in range(8):
+            assert len(scores[source == place].unique()) == 1
+
+
 def test_nothing_is_recorded_outside_a_trace():
     model = apply(make_host("vit"), "topk", keep=0.5)
     images = images_for(model)
     with recording() as outer:
         inner = trace(model, images)
-        assert outer == {}
+        assert outer.sources == outer.scores == {}
     model(images)
-    assert outer == {}
+    assert outer.sources == outer.scores == {}
     assert list(inner.sources) == [1, 2, 3]
 
 

@@ -52,7 +52,8 @@ class ATS(Method):
         # The sampled tokens first; what is missing is filled up with others, which then are padding.
         x, kept = ops.topk_gather(ctx.x, sampled, keep, ctx.num_prefix)
         prefix = sampled.new_ones((sampled.shape[0], ctx.num_prefix))
-        return Reduced(x, kept, size=torch.cat([prefix, sampled.gather(1, kept)], 1), bias=True)
+        size = torch.cat([prefix, sampled.gather(1, kept)], 1)
+        return Reduced(x, kept, size=size, bias=True, scores=lambda: self.scores(ctx))
 
     def sampled(self, ctx: AttentionContext, quantiles: int) -> Tensor:
         """1 for every sampled token, else 0; ``[B, N]``, float32 (float64 for float64)."""

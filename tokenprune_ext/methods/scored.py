@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,7 +52,8 @@ class ScoredMethod(Method):
         return 0
 
     def reduce(self, ctx: AttentionContext, keep: int) -> Reduced:
-        return reduce_tokens(ctx, self.scores(ctx), keep, self.reduction, self.proportional)
+        scores = self.scores(ctx)
+        return replace(reduce_tokens(ctx, scores, keep, self.reduction, self.proportional), scores=lambda: scores)
 
     def scoring_macs(self, cost: BlockCost, host: Host, tokens: int, keep: int) -> int:
         patches = tokens - host.num_prefix_tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -119,22 +119,29 @@ class ZeroTPrune(Method):
     def reduce(self, ctx: AttentionContext, keep: int) -> Reduced:
         removed = self._removed_by_similarity(ctx.num_patches, keep)
         if not removed:
-            kept, dropped = split_tokens(self.importance(ctx), keep, ctx.num_prefix)
-            into = None
+            among = self.importance(ctx)
+            kept, dropped = split_tokens(among, keep, ctx.num_prefix)
+            into = rest = None
         else:
             similar, match, rest = self.similar_tokens(ctx, removed)
-            best, worst = split_tokens(self.importance(ctx.restricted(rest)), keep, ctx.num_prefix)
+            among = self.importance(ctx.restricted(rest))
+            best, worst = split_tokens(among, keep, ctx.num_prefix)
             kept, lost = (rest.gather(1, part - ctx.num_prefix) for part in (best, worst))
             dropped = torch.cat([similar, lost], 1).sort(1).values
             into = scattered(match, similar, ctx.x.shape[1])
+
+        def scores() -> Tensor:
+            unranked = among.new_full(ctx.x.shape[:2], torch.nan)
+            return among if rest is None else unranked.scatter(1, rest, among[:, ctx.num_prefix :])
+
         if self.reduction == "drop":
-            return Reduced(ctx.take(ctx.x, kept), kept)
+            return Reduced(ctx.take(ctx.x, kept), kept, scores=scores)
         nearest = nearest_kept(ctx, kept)
         if into is not None:  # a partner that was lost itself takes what went into it along
             nearest = torch.where(nearest < 0, torch.arange(nearest.shape[1], device=kept.device), nearest).gather(
                 1, into
             )
-        return merge_into(ctx, kept, dropped, nearest, self.proportional)
+        return replace(merge_into(ctx, kept, dropped, nearest, self.proportional), scores=scores)
 
     def importance(self, ctx: AttentionContext, iters: int | None = None) -> Tensor:
         """Importance ``[B, N]``, float32 (float64 for float64)."""

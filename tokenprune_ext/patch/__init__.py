@@ -4,6 +4,7 @@ from . import timm_vit as _timm_vit  # registers its family
 from .adapter import HostAdapter, Projected, adapter_of, attend, register_host
 from .block import BlockPlan, PrunedBlock
 from .context import AttentionContext, Reduced
+from .grid import restore
 from .host import Host, UnsupportedModelError
 from .install import inspect_host, install, record_of, uninstall
 from .state import TokenState
@@ -24,6 +25,7 @@ __all__ = [
     "install",
     "record_of",
     "register_host",
+    "restore",
     "uninstall",
 ]
 del _timm_vit

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from .host import Host, UnsupportedModelError
+from .mixin import Mixin
 
 
 class Projected(NamedTuple):
@@ -52,10 +53,13 @@ class HostAdapter(ABC):
         supported: what the family covers, for error messages.
         dense_only: functions of the model that need every block to have a full grid of patches; a pruned model refuses
             them.
+        mixin: goes in front of the model's class while it is pruned, with functions that replace its own; None for
+            nothing.
     """
 
     supported: ClassVar[str]
     dense_only: ClassVar[tuple[str, ...]] = ()
+    mixin: ClassVar[type[Mixin] | None] = None
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
@@ -109,6 +113,13 @@ class HostAdapter(ABC):
         if args or kwargs:
             raise ValueError(f"a pruned block of this family takes tokens alone, got {args} and {kwargs}")
         return {}
+
+    def embed(self, model: Any, images: Tensor) -> tuple[Tensor, Sequence[dict[str, Any]]]:
+        """The tokens ``[B, N, C]`` that enter the first block, and for every block what it is handed beside them.
+
+        What restores feature maps needs it; other families have no use for it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not embed images")
 
     def unpatchable(self, block: nn.Module) -> str | None:
         """Why a block cannot be patched as it is now (hooks inside it that would not run); None when it can."""

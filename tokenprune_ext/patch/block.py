@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .adapter import HostAdapter, Projected, attend
 from .context import AttentionContext, Reduced
 from .host import Host
-from .sources import record
+from .mixin import Mixin
+from .sources import compose, landing_positions, record
 from .state import TokenState, log_size
 
 PLAN = "_tokenprune_plan"
@@ -38,7 +39,7 @@ class BlockPlan:
         num_patches: patch tokens that come in, for an image of the host's input size.
         keep: patch tokens that leave; equal to ``num_patches`` where nothing is pruned.
         queries: only the first so many tokens are computed and leave (the last block, when the head reads only
-            those); None for all.
+            those, unless the full grid is asked for); None for all.
     """
 
     adapter: HostAdapter
@@ -50,7 +51,7 @@ class BlockPlan:
     queries: int | None = None
 
 
-class PrunedBlock(nn.Module):
+class PrunedBlock(Mixin):
     """Mixin in front of a block's own class; blocks change their class to one of these when they are patched.
 
     Everything of the dense block is computed as the model does it; queries, keys and values are computed once and
@@ -70,32 +71,8 @@ class PrunedBlock(nn.Module):
         state = x if isinstance(x, TokenState) else TokenState(x)
         keep = _keep_count(plan, state.x.shape[1])
         state = _run(plan, self, state, keep, call)
-        return state.x if plan.layer == plan.host.depth - 1 else state.handed_on()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """The class is made at run time, so a copy is told how to make it again."""
-        return _new, (dense_class(type(self)),), self.__dict__
-
-
-_classes: dict[type[nn.Module], type[PrunedBlock]] = {}
-
-
-def pruned_class(dense: type[nn.Module]) -> type[PrunedBlock]:
-    """The class of a patched block, from the class of the dense one; always the same one."""
-    if dense not in _classes:
-        _classes[dense] = type(f"Pruned{dense.__name__}", (PrunedBlock, dense), {"__module__": __name__})
-    return _classes[dense]
-
-
-def dense_class(pruned: type) -> type[nn.Module]:
-    """The class a patched block had before."""
-    dense: type[nn.Module] = pruned.__bases__[1]
-    return dense
-
-
-def _new(dense: type[nn.Module]) -> nn.Module:
-    cls = pruned_class(dense)
-    return cls.__new__(cls)
+        last = plan.layer == plan.host.depth - 1 and state.source is None
+        return state.x if last else state.handed_on()
 
 
 def _keep_count(plan: BlockPlan, tokens: int) -> int:
@@ -117,7 +94,7 @@ def _keep_count(plan: BlockPlan, tokens: int) -> int:
 def _run(plan: BlockPlan, block: nn.Module, state: TokenState, keep: int, call: dict[str, Any]) -> TokenState:
     adapter, prefix = plan.adapter, plan.host.num_prefix_tokens
     x = state.x
-    queries = x.shape[1] if plan.queries is None else plan.queries
+    queries = x.shape[1] if plan.queries is None or state.source is not None else plan.queries
     prunes = plan.queries is None and keep < x.shape[1] - prefix
     projected = adapter.project(block, x, queries, state.position, **call)
     heads = attend(projected, state.bias)
@@ -148,11 +125,15 @@ def _reduce(plan: BlockPlan, state: TokenState, projected: Projected, keep: int)
     )
     reduced = plan.method.reduce(context, keep)
     record(plan.layer, reduced, context.num_prefix, context.num_patches)
+    source = state.source
+    if source is not None:
+        source = compose(source, landing_positions(reduced, context.num_prefix, context.num_patches))
     return TokenState(
         x=reduced.x,
         size=reduced.size,
         bias=log_size(reduced.size, projected.q.dtype) if reduced.bias and reduced.size is not None else None,
         position=_positions(state.position, reduced, host) if host.positional else None,
+        source=source,
     )
 
 

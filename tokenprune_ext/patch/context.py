@@ -133,6 +133,8 @@ class Reduced:
             it was merged into, or -1. Called only when somebody asks which token stands for which patch. Kept tokens
             may say anything. None when nothing was merged.
         bias: whether later blocks add log(size) to their attention logits.
+        scores: what the tokens that came in were ranked by, ``[B, N]``, floating, NaN for those that were not. Called
+            only when somebody asks. None when the method does not rank.
     """
 
     x: Tensor
@@ -141,3 +143,4 @@ class Reduced:
     size: Tensor | None = None
     into: Callable[[], Tensor] | None = None
     bias: bool = False
+    scores: Callable[[], Tensor] | None = None

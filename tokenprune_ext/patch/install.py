@@ -8,8 +8,9 @@ from typing import Any, NoReturn
 from torch import nn
 
 from .adapter import adapter_of, unsupported
-from .block import PLAN, BlockPlan, PrunedBlock, dense_class, pruned_class
+from .block import PLAN, BlockPlan, PrunedBlock
 from .host import Host
+from .mixin import dense_class, mixed_class
 
 _RECORD = "_tokenprune_record"
 
@@ -22,7 +23,7 @@ def inspect_host(model: nn.Module) -> Host:
     """
     adapter = adapter_of(model)
     if record_of(model) is None:
-        for name in adapter.dense_only:
+        for name in (*adapter.dense_only, *vars(adapter.mixin or object)):
             if name in vars(model):
                 raise unsupported(name, "a function set on this instance by other software")
     return adapter.inspect(model)
@@ -45,11 +46,13 @@ def install(model: nn.Module, plans: Mapping[int, BlockPlan], record: object) ->
     uninstall(model)
     for index, plan in plans.items():
         block: Any = blocks[index]
-        block.__class__ = pruned_class(type(block))
+        block.__class__ = mixed_class(PrunedBlock, type(block))
         setattr(block, PLAN, plan)
     if plans:
         for name in adapter.dense_only:
             setattr(model, name, _no_dense_features)
+        if adapter.mixin is not None:
+            model.__class__ = mixed_class(adapter.mixin, type(model))
     setattr(model, _RECORD, record)
 
 
@@ -65,6 +68,7 @@ def uninstall(model: nn.Module) -> None:
     for name in adapter.dense_only:
         if vars(model).get(name) is _no_dense_features:
             delattr(model, name)
+    model.__class__ = dense_class(type(model))
     delattr(model, _RECORD)
 
 
@@ -76,6 +80,6 @@ def record_of(model: nn.Module) -> Any:
 def _no_dense_features(*args: Any, **kwargs: Any) -> NoReturn:
     """Stands in for the functions of ``HostAdapter.dense_only`` on a pruned model."""
     raise ValueError(
-        "this function needs a full grid of patches behind every block, which a pruned model does not have; "
-        "call tokenprune_ext.remove first"
+        "this function needs every block with its full grid of patches, which a pruned model does not have; call "
+        "tokenprune_ext.remove first"
     )

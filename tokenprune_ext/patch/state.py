@@ -22,16 +22,19 @@ class TokenState(NamedTuple):
             log(size); None for nothing.
         position: where on the patch grid each patch token is, int64 ``[B, N - num_prefix]``; None when no block needs
             it, or while all are in their places.
+        source: for every original patch, the position among the patch tokens of the one that stands for it, or -1;
+            int64 ``[B, n0]``. None unless whoever runs the blocks put one in; then every block hands on a state.
     """
 
     x: Tensor
     size: Tensor | None = None
     bias: Tensor | None = None
     position: Tensor | None = None
+    source: Tensor | None = None
 
     def handed_on(self) -> TokenState | Tensor:
         """The state, or the tokens alone when there is nothing else."""
-        return self.x if self.size is None and self.position is None else self
+        return self.x if self.size is self.position is self.source is None else self
 
 
 def log_size(size: Tensor, dtype: torch.dtype) -> Tensor:

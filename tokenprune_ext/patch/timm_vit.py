@@ -11,8 +11,9 @@ from timm.models.vision_transformer import Attention, Block, ResPostBlock, Visio
 from torch import Tensor, nn
 
 from .adapter import HostAdapter, Projected, check_parts, kind_of, register_host, unsupported
-from .block import PrunedBlock, dense_class
 from .host import Host
+from .mixin import Mixin, dense_class
+from .timm_features import FullGridFeatures
 
 _BLOCK_PARTS = {
     Block: {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"},
@@ -30,15 +31,10 @@ class TimmViT(HostAdapter):
         "timm VisionTransformer and VisionTransformerDistilled (ViT, AugReg, DeiT, DeiT-III, DINOv2, SigLIP, CLIP) "
         "whose blocks are timm's Block or ResPostBlock with timm's Attention"
     )
-    # What these return or cut assumes that every block has a full grid of patch tokens.
-    dense_only: ClassVar[tuple[str, ...]] = (
-        "forward_intermediates",
-        "get_intermediate_layers",
-        "prune_intermediate_layers",
-    )
+    mixin: ClassVar[type[Mixin] | None] = FullGridFeatures
 
     def matches(self, model: nn.Module) -> bool:
-        return type(model) in (VisionTransformer, VisionTransformerDistilled)
+        return _class(model) in (VisionTransformer, VisionTransformerDistilled)
 
     def inspect(self, model: nn.Module) -> Host:
         vit: Any = model
@@ -53,7 +49,7 @@ class TimmViT(HostAdapter):
         height, width = vit.patch_embed.img_size
         distilled = isinstance(vit, VisionTransformerDistilled)
         return Host(
-            model=(getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__,
+            model=(getattr(model, "pretrained_cfg", None) or {}).get("architecture") or _class(model).__name__,
             depth=len(vit.blocks),
             input_size=(int(height), int(width)),
             num_prefix_tokens=vit.num_prefix_tokens,
@@ -68,6 +64,10 @@ class TimmViT(HostAdapter):
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         vit: Any = model
         return list(vit.blocks)
+
+    def embed(self, model: Any, images: Tensor) -> tuple[Tensor, Sequence[dict[str, Any]]]:
+        tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        return tokens, [{}] * len(model.blocks)
 
     def call_arguments(self, attn_mask: Tensor | None = None, is_causal: bool = False) -> dict[str, Any]:
         if attn_mask is not None or is_causal:
@@ -123,12 +123,17 @@ def fused_projection(x: Tensor, qkv: nn.Module, heads: int, queries: int) -> tup
     return q, kv[0], kv[1]
 
 
+def _class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module that may be patched."""
+    return dense_class(type(module))
+
+
 def _attention_input(block: Any, x: Tensor) -> Tensor:
     return x if isinstance(block, ResPostBlock) else block.norm1(x)
 
 
 def _check_block(name: str, block: Any) -> None:
-    kind = dense_class(type(block)) if isinstance(block, PrunedBlock) else type(block)
+    kind = _class(block)
     if kind not in _BLOCK_PARTS:
         raise unsupported(name, kind_of(block))
     check_parts(name, block, _BLOCK_PARTS[kind])

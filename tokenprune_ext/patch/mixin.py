@@ -1,0 +1,35 @@
+"""Modules that change their class while they are patched, and are copied and pickled all the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class Mixin(nn.Module):
+    """Goes in front of a module's own class. A subclass may replace functions, and adds no state of its own."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made at run time, so a copy is told how to make it again."""
+        return _new, type(self).__bases__, self.__dict__
+
+
+_classes: dict[tuple[type[Mixin], type[nn.Module]], type[Mixin]] = {}
+
+
+def mixed_class(mixin: type[Mixin], dense: type[nn.Module]) -> type[Mixin]:
+    """The class of a patched module, from the class of the dense one; always the same one."""
+    if (mixin, dense) not in _classes:
+        _classes[mixin, dense] = type(f"Pruned{dense.__name__}", (mixin, dense), {"__module__": __name__})
+    return _classes[mixin, dense]
+
+
+def dense_class(kind: type) -> type[nn.Module]:
+    """The class a patched module had before; that of any other module is its own."""
+    return kind.__bases__[1] if kind in _classes.values() else kind
+
+
+def _new(mixin: type[Mixin], dense: type[nn.Module]) -> nn.Module:
+    kind = mixed_class(mixin, dense)
+    return kind.__new__(kind)
