@@ -156,9 +156,8 @@ class Description:
             change = layer.tokens_out < layer.tokens_in
             tokens = f"{layer.tokens_in} -> {layer.tokens_out}" if change else f"{layer.tokens_in}"
             share = (layer.macs + layer.scoring_macs) / layer.dense_macs
-            lines.append(
-                f"{layer.block:5d}  {tokens:>11}  {layer.macs / 1e6:9.1f}  {layer.scoring_macs / 1e6:7.1f}  {share:8.1%}"
-            )
+            macs, scoring = layer.macs / 1e6, layer.scoring_macs / 1e6
+            lines.append(f"{layer.block:5d}  {tokens:>11}  {macs:9.1f}  {scoring:7.1f}  {share:8.1%}")
         for name, macs, dense in (
             ("blocks", self.blocks_macs, self.dense_blocks_macs),
             ("with scoring", self.blocks_macs + self.scoring_macs, self.dense_blocks_macs),
