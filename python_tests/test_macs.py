@@ -11,6 +11,7 @@ from host_models import HOSTS, make_host
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokenprune_ext import methods
 from tokenprune_ext.macs import block_costs, blocks_macs, outside_macs
 from tokenprune_ext.patch import inspect_host
 from tokenprune_ext.prune import LayerReport, apply, describe, remove
@@ -41,10 +42,7 @@ def test_pruned_macs_agree_with_the_counter(name, method):
     """These two score with one row of queries, or with an operator that the counter does not know."""
     model = apply(make_host(name), method, layers=[0, 2], keep=[9, 5])
     description = describe(model)
-    prefix, width = model.num_prefix_tokens, 32
-    scoring = 0
-    if method == "topk" and model.cls_token is not None:
-        scoring = sum(tokens * width for tokens in (prefix + 16, prefix + 9))
+    scoring = description.scoring_macs if model.cls_token is not None else 0
     assert description.blocks_macs + scoring == counted(model, "blocks")
     assert description.model_macs + scoring == counted(model)
 
@@ -53,7 +51,7 @@ def test_standard_block_is_the_papers_formula():
     model = make_host("vit")
     host, costs = inspect_host(model), block_costs(model)
     n, width = 17, 32
-    assert blocks_macs(costs, host, {}, "block") == [12 * n * width**2 + 2 * n**2 * width] * 4
+    assert blocks_macs(costs, host, {}, methods.Dense()) == [(12 * n * width**2 + 2 * n**2 * width, 0)] * 4
 
 
 def test_where_the_tokens_leave_decides_what_the_mlp_costs():
@@ -61,9 +59,50 @@ def test_where_the_tokens_leave_decides_what_the_mlp_costs():
     host, costs = inspect_host(model), block_costs(model)
     n, m, width = 17, 10, 32
     dense, after = (12 * t * width**2 + 2 * t**2 * width for t in (n, m))
-    assert blocks_macs(costs, host, {1: 9}, "block") == [dense, dense, after, after]
-    between = 4 * n * width**2 + 2 * n**2 * width + 8 * m * width**2
-    assert blocks_macs(costs, host, {1: 9}, "attention") == [dense, between, after, after]
+    behind, between = ([macs for macs, _ in blocks_macs(costs, host, {1: 9}, method)] for method in
+                       (methods.ZeroTPrune(), methods.TopK()))  # fmt: skip
+    assert behind == [dense, dense, after, after]
+    assert between == [dense, 4 * n * width**2 + 2 * n**2 * width + 8 * m * width**2, after, after]
+
+
+@pytest.mark.parametrize("name", ["vit", "deit_distilled", "dinov2_reg4", "clip"])
+@pytest.mark.parametrize("keep", [None, [9, 5]])
+def test_a_last_block_for_the_class_token_alone_agrees_with_the_counter(name, keep):
+    model = make_host(name)
+    if keep is None:
+        apply(model, methods.create("dense", class_token_only=True))
+    else:
+        apply(model, methods.create("random", class_token_only=True), layers=[0, 2], keep=keep)
+    description = describe(model)
+    assert description.class_token_only
+    assert description.blocks_macs == counted(model, "blocks")
+    assert description.model_macs == counted(model)
+    head = inspect_host(model).head_tokens
+    assert description.layers[3].tokens_out == head
+    tokens, width, hidden = description.layers[3].tokens_in, 32, 128
+    formula = 2 * (tokens + head) * width**2 + 2 * head * tokens * width + 2 * head * width * hidden
+    assert description.layers[3].macs == formula
+    assert "the last block for the class token alone" in str(description)
+
+
+def test_scoring_by_hand():
+    """196 patches of DeiT-S: 6 heads of 64 channels; what each method multiplies to choose 100 of them."""
+    cost = block_costs(timm.create_model("deit_small_patch16_224"))[0]
+    host = inspect_host(timm.create_model("deit_small_patch16_224"))
+    n, width, heads = 197, 384, 6
+    row, product, merging = n * width, n**2 * width, 96 * 100 * width
+    wanted = {
+        "random": 0,
+        "topk": row,
+        "evit": row,
+        "pomt": product,
+        "ats": 2 * row,
+        "tome": 98 * 98 * 64,
+        "peaks": 196**2 * width + row + merging,
+        # one product and one reading for I', pairs of keys of one head, the same and 30 readings for I
+        "zero_tprune": product + n**2 * heads + 98 * 98 * 64 + 187**2 * width + 30 * 187**2 * heads,
+    }
+    assert {name: methods.create(name).scoring_macs(cost, host, n, 100) for name in wanted} == wanted
 
 
 @pytest.mark.parametrize(("name", "published"), [("deit_small_patch16_224", 4.6), ("deit_tiny_patch16_224", 1.26)])
@@ -94,7 +133,8 @@ def test_describe():
     model = apply(make_host("vit"), "topk", layers=[1, 2], keep=[10, 10])
     description = describe(model)
     assert description.method == "topk"
-    assert description.layers[1] == LayerReport(1, 17, 11, description.layers[1].macs, description.layers[0].dense_macs)
+    dense, pruned = description.layers[:2]
+    assert pruned == LayerReport(1, 17, 11, pruned.macs, 17 * 32, dense.dense_macs)  # one row of q k^T for the scores
     assert [(layer.tokens_in, layer.tokens_out) for layer in description.layers] == [
         (17, 17),
         (17, 11),
@@ -103,7 +143,10 @@ def test_describe():
     ]
     assert [layer.block for layer in description.layers] == [0, 1, 2, 3]
     assert sum(layer.macs for layer in description.layers) == description.blocks_macs
+    assert sum(layer.scoring_macs for layer in description.layers) == description.scoring_macs == 17 * 32
     text = str(description)
     assert text.startswith("vit_tiny_patch16_224 at 64 x 64: topk, pruning at blocks 1\n")
     assert "17 -> 11" in text
+    spent = description.blocks_macs + description.scoring_macs
+    assert f"with scoring: {spent / 1e9:.3f} of" in text
     assert str(describe(remove(model))).startswith("vit_tiny_patch16_224 at 64 x 64: dense\n")

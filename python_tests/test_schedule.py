@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import pytest
-from host_models import make_host
+from host_models import PRUNING, make_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenprune_ext import methods
 from tokenprune_ext.macs import block_costs, blocks_macs
+from tokenprune_ext.methods import Dense
 from tokenprune_ext.patch import UnsupportedModelError, inspect_host
 from tokenprune_ext.prune import apply, describe, schedule_of
 from tokenprune_ext.schedule import Schedule
 
-NAMES = ("pomt", "random", "topk", "zero_tprune")
 MODEL = make_host("vit")  # depth 4, 16 patches; never patched here
 DEEP = make_host("vit", depth=12, img_size=112)  # 49 patches
 
 
 def cost(model, schedule):
-    """Blocks' MACs as a fraction of the dense model's."""
-    costs, host, where = block_costs(model), inspect_host(model), schedule.build_method().where
-    return sum(blocks_macs(costs, host, schedule.keep, where)) / sum(blocks_macs(costs, host, {}, where))
+    """MACs of the blocks and of scoring as a fraction of the dense model's."""
+    return fraction(model, schedule.keep, schedule.build_method())
+
+
+def fraction(model, keep, method):
+    costs, host = costs_of(model), inspect_host(model)
+    return sum(map(sum, blocks_macs(costs, host, keep, method))) / sum(map(sum, blocks_macs(costs, host, {}, Dense())))
+
+
+costs_of = cache(block_costs)
 
 
 def test_build_from_ratio():
@@ -46,11 +54,11 @@ def test_ratio_one_keeps_all_and_count_one_keeps_one():
     assert Schedule.build(MODEL, "topk", layers=[1], keep=[1]).keep == {1: 1}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PRUNING)
 def test_macs_of_one_layer_are_the_largest_that_fit(name):
     method = methods.create(name)
-    schedules = [Schedule.build(DEEP, method, layers=[3], keep=[count]) for count in range(method.min_keep, 50)]
-    for target in (0.5, 0.61, 0.8, 0.997, 1.0):
+    schedules = [Schedule.build(DEEP, method, layers=[3], keep=[count]) for count in range(method.min_keep(49), 50)]
+    for target in (0.65, 0.7, 0.8, 0.997, 1.0):
         best = max((s for s in schedules if cost(DEEP, s) <= target), key=lambda s: s.keep[3])
         assert Schedule.build(DEEP, method, layers=[3], macs=target) == best
 
@@ -64,9 +72,9 @@ def test_macs_target_hit_exactly():
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from(NAMES), st.floats(0.45, 1.0), st.sets(st.integers(0, 6), min_size=1, max_size=4))
+@given(st.sampled_from(PRUNING), st.floats(0.45, 0.98), st.sets(st.integers(0, 6), min_size=1, max_size=4))
 def test_macs_of_several_layers(name, target, layers):
-    """Within the target, from one common ratio, and no larger common ratio fits."""
+    """Within the target, from one common strength, and no larger plan of the method fits."""
     layers = sorted(layers)
     try:
         schedule = Schedule.build(DEEP, name, layers=layers, macs=target)
@@ -75,17 +83,10 @@ def test_macs_of_several_layers(name, target, layers):
         return
     assert cost(DEEP, schedule) <= target
     method = schedule.build_method()
-    costs, host = block_costs(DEEP), inspect_host(DEEP)
-    dense = sum(blocks_macs(costs, host, {}, method.where))
-    fitting = []
-    for thousandths in range(1001):
-        counts, entering = {}, 49
-        for layer in layers:
-            counts[layer] = entering = max(method.min_keep, thousandths * entering // 1000)
-        macs = sum(blocks_macs(costs, host, counts, method.where))
-        if macs <= target * dense:
-            fitting.append(macs / dense)
-    assert max(fitting) <= cost(DEEP, schedule)
+    plans = {tuple(method.plan(thousandths / 1000, layers, 49).items()) for thousandths in range(1001)}
+    assert max(share for plan in plans if (share := fraction(DEEP, dict(plan), method)) <= target) <= cost(
+        DEEP, schedule
+    )
 
 
 def test_macs_out_of_reach():
@@ -97,8 +98,25 @@ def test_applied_cost_is_the_described_cost():
     model = make_host("dinov2_reg4")
     apply(model, "pomt", macs=0.8)
     description = describe(model)
-    assert description.blocks_macs <= 0.8 * description.dense_blocks_macs
-    assert description.blocks_macs / description.dense_blocks_macs == cost(model, schedule_of(model))
+    spent = description.blocks_macs + description.scoring_macs
+    assert description.scoring_macs > 0
+    assert spent <= 0.8 * description.dense_blocks_macs
+    assert spent / description.dense_blocks_macs == cost(model, schedule_of(model))
+
+
+def test_a_last_block_for_the_class_token_alone_is_no_default_layer():
+    for name in ("ats", "tome"):
+        method = methods.create(name, class_token_only=True)
+        assert list(Schedule.build(DEEP, method, keep=0.8).keep) == list(method.default_layers(12))[:-1]
+        assert 11 in Schedule.build(DEEP, name, keep=0.8).keep
+
+
+def test_dense_has_no_counts():
+    method = methods.create("dense", class_token_only=True)
+    schedule = Schedule.build(DEEP, method)
+    assert schedule.keep == {}
+    assert schedule.build_method() == method
+    assert cost(DEEP, schedule) < 1
 
 
 def test_build_ignores_a_patch_in_place():
@@ -111,9 +129,9 @@ def test_build_refuses_unknown_models():
         Schedule.build(MODEL.norm_pre, "topk", keep=0.5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", methods.available())
 def test_file_round_trip(name, tmp_path):
-    schedule = Schedule.build(DEEP, name, keep=0.6)
+    schedule = Schedule.build(DEEP, name, keep=None if name == "dense" else 0.8)
     path = tmp_path / "schedule.json"
     schedule.save(path)
     loaded = Schedule.load(str(path))
@@ -122,7 +140,7 @@ def test_file_round_trip(name, tmp_path):
     assert list(loaded.keep) == list(schedule.keep)
     content = json.loads(path.read_text())
     assert content["format"] == 1
-    assert content["method"] == name
+    assert content["method"] == schedule.method == ("peaks" if name == "auto" else name)
 
 
 def valid():

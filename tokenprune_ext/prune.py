@@ -163,8 +163,9 @@ class Description:
         for layer in self.layers:
             change = layer.tokens_out < layer.tokens_in
             tokens = f"{layer.tokens_in} -> {layer.tokens_out}" if change else f"{layer.tokens_in}"
-            share, scoring = (layer.macs + layer.scoring_macs) / layer.dense_macs, layer.scoring_macs / 1e6
-            lines.append(f"{layer.block:5d}  {tokens:>11}  {layer.macs / 1e6:9.1f}  {scoring:7.1f}  {share:8.1%}")
+            share = (layer.macs + layer.scoring_macs) / layer.dense_macs
+            macs, scoring = layer.macs / 1e6, layer.scoring_macs / 1e6
+            lines.append(f"{layer.block:5d}  {tokens:>11}  {macs:9.1f}  {scoring:7.1f}  {share:8.1%}")
         for name, macs, dense in (
             ("blocks", self.blocks_macs, self.dense_blocks_macs),
             ("with scoring", self.blocks_macs + self.scoring_macs, self.dense_blocks_macs),

@@ -1,35 +1,41 @@
-"""The rules every method keeps, the registry, and the options."""
+"""The rules every method keeps, the registry, the options, and methods of a user's own."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
-from host_models import images_for, make_host
+from host_models import PRUNING, images_for, make_host
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from methods.contexts import context
 
 from tokenprune_ext import methods
+from tokenprune_ext.macs import block_costs, blocks_macs
 from tokenprune_ext.methods import base
-from tokenprune_ext.patch import AttentionContext
-from tokenprune_ext.prune import apply
+from tokenprune_ext.patch import AttentionContext, Reduced, inspect_host
+from tokenprune_ext.prune import apply, describe, schedule_of, trace
 
-NAMES = ("pomt", "random", "topk", "zero_tprune")
-
-
-def context(batch=2, heads=2, tokens=12, dim=4, prefix=1, layer=3, depth=12, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(batch, heads, tokens, dim, generator=generator).double() for _ in range(3))
-    return AttentionContext(q, k, v, dim**-0.5, prefix, prefix > 0, layer, depth)
+NAMES = ("ats", "auto", "dense", "evit", "peaks", "pomt", "random", "tome", "topk", "zero_tprune")
+SCORED = ("evit", "peaks", "pomt", "random", "topk")
+NEED_CLASS_TOKEN = ("ats", "auto")  # auto: of these contexts, whose method nobody has resolved
 
 
-def take(ctx, batch=slice(None), tokens=slice(None)):
-    """The context of some images, or with its tokens in another order."""
-    q, k, v = (part[batch][:, :, tokens] for part in (ctx.q, ctx.k, ctx.v))
-    return AttentionContext(q, k, v, ctx.scale, ctx.num_prefix, ctx.has_class_token, ctx.layer, ctx.depth)
+def of_image(ctx, image):
+    """The context of one image alone."""
+    parts = {part: getattr(ctx, part)[image : image + 1] for part in ("x", "q", "k", "v", "size", "bias")}
+    return dataclasses.replace(ctx, **parts)
+
+
+def permuted(ctx, tokens):
+    """The context with its tokens in another order."""
+    q, k, v = (part[:, :, tokens] for part in (ctx.q, ctx.k, ctx.v))
+    size, bias = ctx.size[:, tokens], ctx.bias[..., tokens]
+    return dataclasses.replace(ctx, x=ctx.x[:, tokens], q=q, k=k, v=v, size=size, bias=bias)
 
 
 def test_available():
@@ -37,48 +43,50 @@ def test_available():
     assert [methods.create(name).name for name in NAMES] == list(NAMES)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.sampled_from(NAMES), st.integers(0, 5), st.integers(2, 14), st.data())
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(PRUNING), st.integers(1, 5), st.integers(2, 14), st.data())
 def test_reduction(name, prefix, patches, data):
-    """Prefix in front, kept tokens in order and with the highest scores, the rest gone or fused last."""
+    """Prefix in front and unchanged, kept tokens in their order, as many as were asked for, mass conserved."""
     method = methods.create(name)
-    keep = data.draw(st.integers(method.min_keep, patches))
-    ctx = context(tokens=prefix + patches, prefix=prefix, seed=data.draw(st.integers(0, 99)))
-    x = torch.arange(prefix + patches).double().expand(2, -1).unsqueeze(-1) * torch.ones(3)
-    reduced = method.reduce(x, ctx, keep)
-    assert reduced.x.shape == (2, prefix + keep, 3)
-    assert reduced.fused == (name == "pomt")
-    kept = keep - reduced.fused
-    assert reduced.index.shape == (2, kept)
-    scores = method.scores(ctx)
-    for image in range(2):
-        ranked = sorted(range(prefix, prefix + patches), key=lambda token: (-scores[image, token].item(), token))
-        best = sorted(ranked[:kept])
-        assert reduced.index[image].tolist() == best
-        lost = sorted(ranked[kept:])
-        fused = [sum(lost) / len(lost)] if reduced.fused else []
-        wanted = torch.tensor([*range(prefix), *best, *fused]).double()
-        torch.testing.assert_close(reduced.x[image], wanted.unsqueeze(-1).expand(-1, 3))
+    keep = data.draw(st.integers(min(patches - 1, max(1, method.min_keep(patches))), patches - 1))
+    if keep < method.min_keep(patches):
+        return
+    ctx = context(patches=patches, prefix=prefix, seed=data.draw(st.integers(0, 99)), sizes=method.carries_size)
+    reduced = method.reduce(ctx, keep)
+    assert reduced.x.shape == (2, prefix + keep, ctx.x.shape[2])
+    assert reduced.kept.shape == (2, keep - reduced.fused)
+    assert (reduced.kept.diff(dim=1) > 0).all()
+    assert (reduced.kept >= prefix).all()
+    assert torch.equal(reduced.x[:, :prefix], ctx.x[:, :prefix])
+    assert (reduced.size is not None) == method.carries_size
+    if name == "ats":
+        assert set(reduced.size.unique().tolist()) <= {0.0, 1.0}
+    elif reduced.size is not None:
+        torch.testing.assert_close(reduced.size.sum(1), ctx.size.sum(1))
+    else:
+        kept = ctx.x.gather(1, reduced.kept.unsqueeze(-1).expand(-1, -1, ctx.x.shape[2]))
+        assert torch.equal(reduced.x[:, prefix : prefix + kept.shape[1]], kept)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from(NAMES), st.integers(0, 5), st.integers(0, 99))
-def test_scores_of_an_image_do_not_depend_on_the_batch(name, prefix, seed):
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(PRUNING), st.integers(1, 5), st.integers(0, 99))
+def test_an_image_does_not_depend_on_the_batch(name, prefix, seed):
     method = methods.create(name)
-    ctx = context(batch=3, prefix=prefix, seed=seed)
-    together = method.scores(ctx)
+    ctx = context(batch=3, patches=11, prefix=prefix, seed=seed, sizes=True)
+    together = method.reduce(ctx, 7)
     for image in range(3):
-        alone = method.scores(take(ctx, batch=slice(image, image + 1)))
-        torch.testing.assert_close(alone[0], together[image], rtol=1e-12, atol=0)
+        alone = method.reduce(of_image(ctx, image), 7)
+        assert torch.equal(alone.kept[0], together.kept[image])
+        torch.testing.assert_close(alone.x[0], together.x[image], rtol=1e-12, atol=1e-14)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(["pomt", "topk", "zero_tprune"]), st.integers(0, 4), st.permutations(range(8)))
+@given(st.sampled_from(["evit", "peaks", "pomt", "topk"]), st.integers(0, 4), st.permutations(range(8)))
 def test_scores_follow_a_permutation_of_the_patches(name, prefix, order):
     method = methods.create(name)
-    ctx = context(tokens=prefix + 8, prefix=prefix)
+    ctx = context(patches=8, prefix=prefix, sizes=True)
     tokens = torch.tensor([*range(prefix), *(prefix + patch for patch in order)])
-    moved = method.scores(take(ctx, tokens=tokens))
+    moved = method.scores(permuted(ctx, tokens))
     torch.testing.assert_close(moved[:, prefix:], method.scores(ctx)[:, tokens][:, prefix:])
 
 
@@ -94,7 +102,7 @@ def test_random_depends_on_seed_layer_and_position_only():
 def test_random_is_uniform():
     """Every token is kept about equally often, and pairs of tokens are independent."""
     tokens, seeds = 40, 4000
-    ctx = context(batch=1, tokens=tokens, prefix=0)
+    ctx = context(batch=1, patches=tokens, prefix=0)
     scores = torch.cat([methods.create("random", seed=seed).scores(ctx) for seed in range(seeds)])
     kept = (scores.argsort(dim=1, descending=True).argsort(dim=1) < tokens // 2).double()
     deviation = (0.25 / seeds) ** 0.5
@@ -109,17 +117,22 @@ def test_random_is_uniform():
 
 def test_random_keeps_the_same_patches_of_every_image():
     model = apply(make_host("vit"), methods.create("random", seed=1), layers=[1], keep=0.5)
-    images = images_for(model, batch=3)
-    model.train()
-    assert torch.equal(model(images), model(images))
+    sources = trace(model, images_for(model, batch=3)).sources[1]
+    assert torch.equal(sources[0], sources[1])
+    assert torch.equal(sources[0], sources[2])
 
 
 DEFAULT_LAYERS = {
+    "ats": {12: tuple(range(3, 12)), 24: tuple(range(6, 24)), 4: (1, 2, 3), 1: (0,)},
+    "dense": {12: (), 1: ()},
+    "peaks": {12: tuple(range(3, 11)), 24: tuple(range(6, 22)), 40: tuple(range(10, 36)), 4: (1, 2), 2: (0,), 1: (0,)},
     "pomt": {12: (3,), 40: (10,), 24: (6,), 4: (1,), 2: (0,), 1: (0,)},
     "random": {12: (3, 6, 9), 24: (6, 12, 18), 40: (10, 20, 30), 6: (1, 3, 4), 4: (1, 2, 3), 2: (0, 1), 1: (0,)},
+    "tome": {12: tuple(range(12)), 1: (0,)},
     "zero_tprune": {12: (2, 5, 8), 24: (5, 11, 17), 40: (9, 19, 29), 4: (0, 1, 2), 2: (0,), 1: (0,)},
 }
-DEFAULT_LAYERS["topk"] = DEFAULT_LAYERS["random"]
+DEFAULT_LAYERS["topk"] = DEFAULT_LAYERS["evit"] = DEFAULT_LAYERS["random"]
+DEFAULT_LAYERS["auto"] = DEFAULT_LAYERS["peaks"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -130,14 +143,13 @@ def test_default_layers(name):
     for depth in range(1, 50):
         layers = method.default_layers(depth)
         assert layers == tuple(sorted(set(layers)))
-        assert 0 <= layers[0] <= layers[-1] < depth
+        assert name == "dense" or 0 <= layers[0] <= layers[-1] < depth
 
 
-def test_zero_tprune_iterations_at_other_depths():
-    method = methods.create("zero_tprune", iters=(7, 3, 2))
-    assert [method.iterations(layer, 4) for layer in range(4)] == [7, 3, 3, 2]
-    assert [method.iterations(layer, 24) for layer in (0, 5, 6, 17, 18, 23)] == [7, 7, 3, 3, 2, 2]
-    assert [method.iterations(layer, 2) for layer in range(2)] == [3, 3]
+def test_mid_block_zero_tprune_prunes_one_block_later():
+    assert methods.create("zero_tprune", mid_block=True).default_layers(12) == (3, 6, 9)
+    assert methods.create("zero_tprune", mid_block=True).where == "attention"
+    assert methods.create("zero_tprune").where == "block"
 
 
 @settings(max_examples=200, deadline=None)
@@ -147,13 +159,109 @@ def test_keep_count_is_the_floor_of_the_exact_product(patches, thousandths):
     assert methods.create("topk").keep_count(thousandths / 1000, patches) == thousandths * patches // 1000
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 2000), st.integers(1, 1000))
+def test_evit_keeps_the_ceiling_and_a_fused_token(patches, thousandths):
+    wanted = min(patches, -(-thousandths * patches // 1000) + 1)
+    assert methods.create("evit").keep_count(thousandths / 1000, patches) == wanted
+    dropping = methods.create("evit", reduction="drop").keep_count(thousandths / 1000, patches)
+    assert dropping == -(-thousandths * patches // 1000)
+
+
+PLANNED = [*NAMES, "evit drop", "tome rising", "tome falling"]
+
+
+def planned(name):
+    name, *how = name.split()
+    options = {"drop": {"reduction": "drop"}, "rising": {"inflection": 1.0}, "falling": {"inflection": -1}}
+    return methods.create(name, **(options[how[0]] if how else {}))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(PLANNED),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.sets(st.integers(0, 11), min_size=1),
+    st.integers(1, 300),
+)
+def test_a_stronger_plan_keeps_no_less_anywhere(name, first, second, layers, patches):
+    method, layers = planned(name), sorted(layers)
+    low, high = (method.plan(strength, layers, patches) for strength in sorted((first, second)))
+    assert list(low) == list(high) == layers
+    assert all(low[layer] <= high[layer] for layer in layers)
+    for plan in (low, high):
+        entering = patches
+        for count in plan.values():
+            assert min(entering, method.min_keep(entering)) <= count <= entering
+            entering = count
+    assert set(method.plan(1.0, layers, patches).values()) == {patches}
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNING if name != "auto"])
+def test_a_budget_charges_scoring(name):
+    """What is chosen fits with scoring added, and the next larger plan does not."""
+    model = make_host("vit", depth=12, img_size=112)
+    schedule = schedule_of(apply(model, name, macs=0.8))
+    description = describe(model)
+    assert description.scoring_macs > 0 or name == "random"
+    spent = description.blocks_macs + description.scoring_macs
+    assert spent <= 0.8 * description.dense_blocks_macs
+    assert [layer.scoring_macs > 0 for layer in description.layers] == [
+        name != "random" and schedule.keep.get(layer, 49) < schedule.entering().get(layer, 49) for layer in range(12)
+    ]
+    method, costs, host = schedule.build_method(), block_costs(model), inspect_host(model)
+    larger = next(
+        plan
+        for step in range(10_001)
+        for plan in [method.plan(step / 10_000, list(schedule.keep), 49)]
+        if plan != schedule.keep and all(plan[layer] >= count for layer, count in schedule.keep.items())
+    )
+    assert sum(map(sum, blocks_macs(costs, host, larger, method))) > 0.8 * description.dense_blocks_macs
+
+
+@pytest.mark.parametrize(
+    ("cheap", "dear"),
+    [
+        (methods.create("topk"), methods.create("topk", reduction="merge")),
+        (methods.create("peaks", importance="norm"), methods.create("peaks", importance="class")),
+        (methods.create("peaks", importance="class"), methods.create("peaks", importance="received")),
+        (methods.create("peaks", importance="received"), methods.create("peaks", importance="wpr")),
+        (methods.create("zero_tprune", similar=0), methods.create("zero_tprune", similar=8)),
+        (methods.create("zero_tprune", feature="key"), methods.create("zero_tprune", feature="key_heads")),
+        (methods.create("zero_tprune", partition="alternate"), methods.create("zero_tprune")),
+        (methods.create("zero_tprune"), methods.create("zero_tprune", reduction="merge")),
+        (methods.create("tome"), methods.create("pomt")),
+    ],
+    ids=repr,
+)
+def test_what_costs_more_is_charged_more(cheap, dear):
+    model = make_host("vit", depth=12, img_size=112)
+    cost, host = block_costs(model)[0], inspect_host(model)
+    assert cheap.scoring_macs(cost, host, 50, 25) < dear.scoring_macs(cost, host, 50, 25)
+
+
+def test_auto_becomes_peaks():
+    """With the class-token-only last block where the classifier reads the class token alone."""
+    for host, only in (("vit", True), ("deit_distilled", True), ("siglip", False), ("siglip_gap", False)):
+        model = apply(make_host(host), methods.create("auto", importance="received", reduction="drop"), keep=0.7)
+        method = schedule_of(model).build_method()
+        assert method == methods.Peaks(importance="received", reduction="drop", class_token_only=only)
+        assert schedule_of(model).method == describe(model).method == "peaks"
+
+
 @pytest.mark.parametrize(
     "method",
     [
+        methods.create("ats", class_token_only=True),
+        methods.create("evit", reduction="weighted"),
+        methods.create("peaks", importance="wpr", exponent=1.0, proportional=False),
         methods.create("pomt", feature="k", head_reduce="sum"),
         methods.create("random", seed=7),
+        methods.create("tome", inflection=-0.5),
         methods.create("topk"),
-        methods.create("zero_tprune", start="uniform", iters=(9, 8, 7), tol=0.0, tau=0.5, vmin=0.1, vmax=0.2),
+        methods.create("zero_tprune", start="uniform", iters=(9, 8, 7), tol=0.0, tau=0.5, vmin=0.1, similar=3),
+        methods.create("zero_tprune", partition="random", feature="hidden", mid_block=True, reduction="merge"),
     ],
     ids=repr,
 )
@@ -164,14 +272,28 @@ def test_options_survive_json(method):
 
 
 BAD_OPTIONS = [
-    ("best", {}, ValueError, "unknown method 'best'; available: pomt, random, topk, zero_tprune"),
-    ("topk", {"rate": 1}, ValueError, "method 'topk' has no option rate; it has: none"),
-    ("pomt", {"name": "x"}, ValueError, "method 'pomt' has no option name; it has: feature, head_reduce"),
+    ("best", {}, ValueError, f"unknown method 'best'; available: {', '.join(NAMES)}"),
+    ("topk", {"rate": 1}, ValueError, "'topk' has no option rate; it has: class_token_only, reduction, proportional"),
+    ("dense", {"reduction": "drop"}, ValueError, "method 'dense' has no option reduction; it has: class_token_only"),
+    ("topk", {"class_token_only": 1}, TypeError, "class_token_only must be True or False, got 1"),
+    (
+        "topk",
+        {"reduction": "fuse"},
+        ValueError,
+        "reduction must be one of drop, mean, weighted, sum, merge",
+    ),
+    ("topk", {"proportional": None}, TypeError, "proportional must be True or False, got None"),
+    ("pomt", {"name": "x"}, ValueError, "method 'pomt' has no option name; it has: .*feature, head_reduce"),
     ("pomt", {"feature": "x"}, ValueError, "feature must be one of v, k, q, got 'x'"),
     ("pomt", {"head_reduce": "min"}, ValueError, "head_reduce must be one of max, mean, sum, got 'min'"),
+    ("peaks", {"importance": "cls"}, ValueError, "importance must be one of auto, class, received, wpr, norm"),
+    ("peaks", {"exponent": 0}, ValueError, "exponent must be above 0, got 0"),
     ("random", {"seed": -1}, ValueError, "seed must be at least 0, got -1"),
     ("random", {"seed": 1.0}, TypeError, "seed must be an int, got 1.0"),
     ("random", {"seed": True}, TypeError, "seed must be an int, got True"),
+    ("tome", {"reduction": "mean"}, ValueError, "reduction must be one of merge, drop, got 'mean'"),
+    ("tome", {"inflection": 1.5}, ValueError, "inflection must be at most 1, got 1.5"),
+    ("tome", {"inflection": -1.5}, ValueError, "inflection must be at least -1, got -1.5"),
     ("zero_tprune", {"start": "cls"}, ValueError, "start must be one of auto, class, uniform, got 'cls'"),
     ("zero_tprune", {"iters": 30}, ValueError, "iters must be three counts"),
     ("zero_tprune", {"iters": [30, 5]}, ValueError, "iters must be three counts"),
@@ -182,6 +304,12 @@ BAD_OPTIONS = [
     ("zero_tprune", {"tau": "1"}, TypeError, "tau must be a number, got '1'"),
     ("zero_tprune", {"vmin": 0.8}, ValueError, "vmax must be at least 0.8, got 0.7"),
     ("zero_tprune", {"vmax": float("nan")}, ValueError, "vmax must be at least 0.01, got nan"),
+    ("zero_tprune", {"similar": -1}, ValueError, "similar must be at least 0, got -1"),
+    ("zero_tprune", {"similar": 1.5}, TypeError, "similar must be an int, got 1.5"),
+    ("zero_tprune", {"partition": "half"}, ValueError, "partition must be one of unimportant, important, alternate"),
+    ("zero_tprune", {"feature": "keys"}, ValueError, "feature must be one of key, key_heads, query, value, hidden"),
+    ("zero_tprune", {"mid_block": "yes"}, TypeError, "mid_block must be True or False, got 'yes'"),
+    ("zero_tprune", {"reduction": "mean"}, ValueError, "reduction must be one of drop, merge, got 'mean'"),
 ]
 
 
@@ -191,31 +319,70 @@ def test_bad_options(name, options, kind, message):
         methods.create(name, **options)
 
 
-@dataclass(frozen=True)
-class FirstTokens(methods.Method):
-    """A method as a user would write one."""
+@dataclass(frozen=True, kw_only=True)
+class FirstTokens(methods.ScoredMethod):
+    """A method as a user would write one: a score, and any reduction."""
 
     name: ClassVar[str] = "first_tokens"
 
     def default_layers(self, depth):
         return (depth // 2,)
 
-    def scores(self, ctx):
-        tokens = ctx.q.shape[2]
-        return -torch.arange(tokens, dtype=torch.float32).expand(ctx.q.shape[0], -1)
+    def scores(self, ctx: AttentionContext):
+        batch, tokens = ctx.x.shape[:2]
+        return 1.0 / torch.arange(1, tokens + 1, dtype=torch.float32).expand(batch, -1)
 
 
-def test_a_method_of_ones_own(monkeypatch):
+@dataclass(frozen=True, kw_only=True)
+class Halves(methods.Method):
+    """One with a reduction of its own: neighbours become their mean."""
+
+    name: ClassVar[str] = "halves"
+
+    def default_layers(self, depth):
+        return (1,)
+
+    def reduce(self, ctx: AttentionContext, keep: int) -> Reduced:
+        batch, prefix = ctx.x.shape[0], ctx.num_prefix
+        pairs = ctx.x[:, prefix : prefix + 2 * keep].unflatten(1, (keep, 2)).mean(2)
+        kept = torch.arange(prefix, prefix + 2 * keep, 2).expand(batch, -1)
+        into = torch.arange(ctx.x.shape[1]).sub(prefix).div(2, rounding_mode="floor").mul(2).add(prefix)
+        into = into.where(into >= prefix, -1).expand(batch, -1)
+        return Reduced(torch.cat([ctx.x[:, :prefix], pairs], 1), kept, into=lambda: into)
+
+    def min_keep(self, entering):
+        return entering // 2
+
+    def scoring_macs(self, cost, host, tokens, keep):
+        return 0
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """The registry, as it was again afterwards."""
+    monkeypatch.setattr(base, "_registry", dict(base._registry))
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_scored_method_of_ones_own():
     model = make_host("vit")
     with pytest.raises(ValueError, match="unknown method 'first_tokens'"):
         apply(model, FirstTokens(), keep=0.5)
-    monkeypatch.setattr(base, "_registry", dict(base._registry))
     methods.register(FirstTokens)
     assert methods.register(FirstTokens) is FirstTokens
     images = images_for(model)
-    assert apply(model, "first_tokens", keep=0.5)(images).shape == (2, 10)
+    sources = trace(apply(model, "first_tokens", keep=0.5), images).sources
+    assert sources[2].tolist() == [[*range(8), *[-1] * 8]] * 2
+    for reduction in ("mean", "weighted", "sum"):
+        sources = trace(apply(model, FirstTokens(reduction=reduction), keep=[8]), images).sources
+        assert sources[2].tolist() == [[*range(7), *[7] * 9]] * 2
+    merged = trace(apply(model, FirstTokens(reduction="merge"), layers=[0, 1], keep=[8, 4]), images).sources[1]
+    assert merged.min() == 0
+    assert merged.max() == 3
+    assert schedule_of(model).options == {"class_token_only": False, "proportional": True, "reduction": "merge"}
+    assert apply(model, FirstTokens(class_token_only=True), macs=0.8)(images).shape == (2, 10)
 
-    @dataclass(frozen=True)
+    @dataclass(frozen=True, kw_only=True)
     class Impostor(FirstTokens):
         """Has the same name."""
 
@@ -223,6 +390,17 @@ def test_a_method_of_ones_own(monkeypatch):
         methods.register(Impostor)
     with pytest.raises(ValueError, match="Impostor is not the class registered as 'first_tokens'"):
         apply(model, Impostor(), keep=0.5)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_whole_method_of_ones_own():
+    methods.register(Halves)
+    model = apply(make_host("vit"), "halves", keep=0.5)
+    traced = trace(model, images_for(model))
+    assert traced.sources[1].tolist() == [[patch // 2 for patch in range(16)]] * 2
+    assert traced.output.shape == (2, 10)
+    with pytest.raises(ValueError, match=r"keep\[1\] is 7, but halves leaves at least 8 of 16"):
+        apply(model, "halves", keep=[7])
 
 
 def test_methods_are_immutable():

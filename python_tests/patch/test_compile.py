@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from host_models import images_for, make_host
+from host_models import PRUNING, images_for, make_host
 
+from tokenprune_ext import methods
 from tokenprune_ext.patch.sources import recording
 from tokenprune_ext.prune import apply, remove
 
-METHODS = ("pomt", "random", "topk", "zero_tprune")
+# Beside every method as it is (auto has the class-token-only last block), ways through them that no default takes.
+VARIANTS = {
+    **{name: methods.create(name) for name in PRUNING},
+    "evit weighted": methods.create("evit", reduction="weighted"),
+    "zero_tprune merge": methods.create("zero_tprune", reduction="merge", partition="random", feature="key_heads"),
+}
+
+
+def pruned(name, variant):
+    """Two layers prune and hand on what they made of the tokens to a third."""
+    return apply(make_host(name, depth=3), VARIANTS[variant], layers=[0, 1], keep=[11, 7])
 
 
 @pytest.fixture(autouse=True)
@@ -20,10 +31,10 @@ def _fresh_dynamo():
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [*(("vit", method) for method in METHODS), ("siglip", "topk"), ("dinov2_reg4", "zero_tprune")]
+    ("name", "variant"), [*(("vit", name) for name in VARIANTS), ("siglip", "peaks"), ("dinov2_reg4", "tome")]
 )
-def test_compile_without_graph_breaks(name, method):
-    model = apply(make_host(name, depth=2), method, layers=[0], keep=0.6)
+def test_compile_without_graph_breaks(name, variant):
+    model = pruned(name, variant)
     images = images_for(model)
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images)
@@ -37,8 +48,9 @@ def test_a_compiled_forward_records_nothing():
         assert found.sources == found.scores == {}
 
 
-def test_compiled_training():
-    model = apply(make_host("vit", depth=2), "pomt", layers=[0], keep=0.6)
+@pytest.mark.parametrize("method", ["pomt", "peaks"])
+def test_compiled_training(method):
+    model = apply(make_host("vit", depth=2), method, layers=[0], keep=0.6)
     images = images_for(model)
     model(images).square().sum().backward()
     expected = [parameter.grad.clone() for parameter in model.parameters()]
@@ -49,7 +61,7 @@ def test_compiled_training():
 
 
 def test_inductor():
-    model = apply(make_host("vit", depth=1), "zero_tprune", layers=[0], keep=0.6)
+    model = apply(make_host("vit", depth=2), methods.create("zero_tprune", reduction="merge"), layers=[0], keep=0.6)
     images = images_for(model)
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True)(images)
@@ -72,9 +84,9 @@ def test_patching_a_model_that_is_compiled_in_place():
         torch.testing.assert_close(remove(model)(images), dense)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_export_with_any_batch(method):
-    model = apply(make_host("vit", depth=2), method, layers=[1], keep=0.6)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_export_with_any_batch(variant):
+    model = pruned("vit", variant)
     batch = torch.export.Dim("batch", min=1, max=64)
     exported = torch.export.export(model, (images_for(model),), dynamic_shapes=({0: batch},)).module()
     images = images_for(model, batch=5, seed=1)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from host_models import PRUNING
 from timm.models.vision_transformer import VisionTransformer
 from torch.profiler import ProfilerActivity, profile
 
 import tokenprune_ext as tokenprune
-from tokenprune_ext import methods
 
 HEADS = 4
 TOKENS = 1 + 32 * 32
@@ -28,7 +28,7 @@ def largest_allocation(vit: VisionTransformer) -> int:
     return max(event.nbytes() for event in trace.profiler.kineto_results.events() if event.name() == "[memory]")
 
 
-@pytest.mark.parametrize("name", methods.available())
+@pytest.mark.parametrize("name", PRUNING)
 def test_no_matrix_is_allocated(name: str) -> None:
     vit = tokenprune.apply(model(), name, keep=0.5)
     assert largest_allocation(vit) < MATRIX_BYTES / HEADS

@@ -14,7 +14,8 @@ from timm.models import vision_transformer as vit
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import nn
 
-from tokenprune_ext.methods import TopK, ZeroTPrune
+from tokenprune_ext import methods
+from tokenprune_ext.methods import TopK
 from tokenprune_ext.patch import UnsupportedModelError
 from tokenprune_ext.prune import apply, describe, schedule_of, trace
 from tokenprune_ext.schedule import Schedule
@@ -64,19 +65,16 @@ def hook_attention(model):
     model.blocks[1].attn.register_forward_hook(lambda *args: None)
 
 
-UNSUPPORTED = {
+UNSUPPORTED_MODELS = {
     "not a ViT": (lambda: nn.Linear(2, 2), "torch.nn.modules.linear.Linear is not supported"),
     "swin": (
         lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), embed_dim=24),
         "SwinTransformer is not supported",
     ),
-    "eva": (
-        lambda: timm.create_model("eva02_tiny_patch14_224", depth=1, embed_dim=64, num_heads=1),
-        "Eva is not supported",
-    ),
     "subclass": (lambda: OwnViT(patch_size=16, **TINY), "OwnViT is not supported"),
     "compiled": (lambda: torch.compile(vit_with()), "OptimizedModule is not supported; patch the model before"),
-    "ResPostBlock": (partial(vit_with, block_fn=vit.ResPostBlock), "blocks.0 is not supported: .*ResPostBlock"),
+}
+UNSUPPORTED_PARTS = {
     "ParallelScalingBlock": (
         partial(vit_with, block_fn=vit.ParallelScalingBlock),
         "blocks.0 is not supported: .*ParallelScalingBlock",
@@ -119,23 +117,23 @@ UNSUPPORTED = {
         "blocks.1.attn is not supported: its forward was replaced",
     ),
     "intermediates replaced": (partial(vit_with, own_intermediates), "forward_intermediates is not supported"),
-    "hooked attention": (partial(vit_with, hook_attention), "blocks.1.attn is not supported: forward hooks"),
+    "hooked attention": (partial(vit_with, hook_attention), "block 1 is not supported: its attn has forward hooks"),
 }
 if hasattr(vit, "DiffAttention"):
-    UNSUPPORTED["DiffAttention"] = (
+    UNSUPPORTED_PARTS["DiffAttention"] = (
         partial(vit_with, attn_layer="diff"),
         "blocks.0.attn is not supported: .*DiffAttention",
     )
 
 
-@pytest.mark.parametrize("case", UNSUPPORTED)
+@pytest.mark.parametrize("case", [*UNSUPPORTED_MODELS, *UNSUPPORTED_PARTS])
 def test_unsupported_models_are_refused_by_name(case):
-    make, message = UNSUPPORTED[case]
+    make, message = {**UNSUPPORTED_MODELS, **UNSUPPORTED_PARTS}[case]
     model = make()
     before = snapshot(model)
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         apply(model, "topk", layers=[1, 2], keep=0.5)
-    assert "Supported: timm VisionTransformer" in str(caught.value)
+    assert case in UNSUPPORTED_PARTS or "Supported: timm VisionTransformer" in str(caught.value)
     assert isinstance(caught.value, TypeError)
     assert snapshot(model) == before
 
@@ -152,7 +150,7 @@ SCHEDULE = {"model": "m", "input_size": (64, 64), "num_prefix_tokens": 1, "num_p
 BAD_ARGUMENTS = {
     "no target": (ValueError, "exactly one of keep and macs", {"method": "topk"}),
     "two targets": (ValueError, "exactly one of keep and macs", {"method": "topk", "keep": 0.5, "macs": 0.5}),
-    "unknown method": (ValueError, "unknown method 'best'; available: pomt, random", {"method": "best", "keep": 0.5}),
+    "unknown method": (ValueError, "unknown method 'best'; available: ats, auto", {"method": "best", "keep": 0.5}),
     "not a method": (TypeError, "method must be a Method or the name", {"method": 3, "keep": 0.5}),
     "a class": (TypeError, "method must be a Method or the name", {"method": TopK, "keep": 0.5}),
     "ratio 0": (ValueError, r"keep must be in \(0, 1\], got 0", {"method": "topk", "keep": 0.0}),
@@ -169,6 +167,24 @@ BAD_ARGUMENTS = {
     "count too high": (ValueError, r"keep\[1\] is 17, but only 16", {"method": "topk", "keep": [17, 3, 2]}),
     "count rising": (ValueError, r"keep\[2\] is 9, but only 8", {"method": "topk", "keep": [8, 9, 2]}),
     "pomt to one": (ValueError, r"keep\[1\] is 1, but pomt leaves at least 2", {"method": "pomt", "keep": [1]}),
+    "evit to one": (ValueError, r"keep\[1\] is 1, but evit leaves at least 2", {"method": "evit", "keep": [1, 1, 1]}),
+    "tome to less than half": (
+        ValueError,
+        r"keep\[2\] is 4, but tome leaves at least 5 of 9",
+        {"method": "tome", "layers": [1, 2], "keep": [9, 4]},
+    ),
+    "dense with keep": (ValueError, "must not be given: dense prunes nothing", {"method": "dense", "keep": 0.5}),
+    "dense with macs": (ValueError, "must not be given: dense prunes nothing", {"method": "dense", "macs": 0.5}),
+    "dense that prunes": (
+        ValueError,
+        r"keep\[1\] is 8, but dense leaves at least 16 of 16",
+        {"method": "dense", "layers": [1], "keep": [8]},
+    ),
+    "class token alone, and pruned": (
+        ValueError,
+        "layer 3 computes the class token alone and must not prune",
+        {"method": TopK(class_token_only=True), "layers": [2, 3], "keep": [9, 5]},
+    ),
     "layer too high": (ValueError, r"layers has 4, .* layers 0..3", {"method": "topk", "layers": [4], "keep": 0.5}),
     "layer negative": (ValueError, "at least 0, got -1", {"method": "topk", "layers": [-1], "keep": 0.5}),
     "layer a float": (TypeError, "layers must be an int", {"method": "topk", "layers": [1.0], "keep": 0.5}),
@@ -224,16 +240,64 @@ def test_bad_arguments_change_nothing(case, patched):
     assert snapshot(model) == before
 
 
-def test_a_class_token_start_needs_a_class_token():
-    model = make_host("siglip")
-    before, method = snapshot(model), ZeroTPrune(start="class")
-    other = Schedule(
-        **{**SCHEDULE, "num_prefix_tokens": 0, "method": method.name}, keep={1: 8}, options=method.options()
+def pools_all():
+    """A model with a class token whose classifier reads the mean of the patch tokens."""
+    return vit_with(global_pool="avg", class_token=True)
+
+
+UNSUITED = {
+    "class token start": (
+        partial(make_host, "siglip"),
+        methods.ZeroTPrune(start="class"),
+        "start='class' needs a class token, and vit_base_patch16_siglip_224 has none",
+    ),
+    "class token importance": (
+        partial(make_host, "siglip"),
+        methods.Peaks(importance="class"),
+        "importance='class' needs a class token, and vit_base_patch16_siglip_224 has none",
+    ),
+    "ats without class token": (
+        partial(make_host, "siglip"),
+        methods.ATS(),
+        "ats scores by the class token, and vit_base_patch16_siglip_224 has none",
+    ),
+    "ats, average pooling": (pools_all, methods.ATS(), "padding|averages all"),
+    "class token alone, average pooling": (
+        pools_all,
+        methods.Dense(class_token_only=True),
+        "class_token_only needs a model whose classifier reads the class token alone, and VisionTransformer reads",
+    ),
+    "class token alone, attention pooling": (
+        partial(make_host, "siglip"),
+        methods.TopK(class_token_only=True),
+        "class_token_only needs a model whose classifier reads the class token alone",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNSUITED)
+def test_methods_that_do_not_suit_a_model_change_nothing(case):
+    """Neither as a method nor out of a schedule."""
+    make, method, message = UNSUITED[case]
+    model = make()
+    before = snapshot(model)
+    keep = None if method.name == "dense" else 0.5
+    schedule = Schedule(
+        **{**SCHEDULE, "num_prefix_tokens": model.num_prefix_tokens, "method": method.name},
+        keep={} if keep is None else {1: 8},
+        options=method.options(),
     )
-    for argument in ({"method": method, "keep": 0.5}, {"method": other}):
-        with pytest.raises(ValueError, match="start='class' needs a class token, and vit_base_patch16_siglip_224 has"):
+    for argument in ({"method": method, "keep": keep}, {"method": schedule}):
+        with pytest.raises(ValueError, match=message):
             apply(model, **argument)
         assert snapshot(model) == before
+
+
+def test_a_schedule_that_prunes_where_the_class_token_is_computed_alone():
+    schedule = Schedule(**SCHEDULE, keep={2: 8, 3: 6}, options={"class_token_only": True})
+    with pytest.raises(ValueError, match="layer 3 computes the class token alone and must not prune"):
+        apply(make_host("vit"), schedule)
+    apply(make_host("vit"), Schedule(**SCHEDULE, keep={2: 8, 3: 8}, options={"class_token_only": True}))
 
 
 def test_hooked_attention_keeps_the_earlier_patch():
@@ -263,10 +327,16 @@ def test_a_model_of_another_size():
 
 
 def test_images_of_another_size():
-    model = apply(timm.create_model("vit_tiny_patch16_224", **TINY, dynamic_img_size=True), "pomt", keep=0.5)
-    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 10)
+    """A model that takes any size is pruned in proportion; any other says what it was made for."""
+    model = apply(timm.create_model("vit_tiny_patch16_224", **TINY, dynamic_img_size=True), "pomt", keep=[4])
+    for size, kept in (((64, 64), 4), ((96, 64), 6), ((32, 16), 2), ((48, 16), 2), ((16, 16), 1)):
+        traced = trace(model, torch.randn(1, 3, *size))
+        assert traced.output.shape == (1, 10)
+        patches = size[0] * size[1] // 256
+        assert [int(source.max()) + 1 for source in traced.sources.values()] == ([kept] if kept < patches else [])
+    fixed = apply(make_host("vit"), "pomt", keep=0.5)
     with pytest.raises(ValueError, match="block 1 got 25 tokens and expects 17"):
-        model(torch.randn(1, 3, 96, 64))
+        fixed.blocks[1](torch.randn(1, 25, 32))
 
 
 def test_masks_are_refused():

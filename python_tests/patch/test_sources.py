@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from host_models import PRUNING, images_for, make_host
@@ -16,12 +18,25 @@ from tokenprune_ext.prune import apply, trace
 METHODS = ("pomt", "random", "topk", "zero_tprune")
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one layer does to one image: positions it keeps, where the others go, which kept ones are padding."""
+
+    kept: list[int]
+    into: dict[int, int] | None
+    fused: bool
+    padding: set[int]
+
+
 def follow(num_patches, steps):
     """The map of one image by carrying the original patch numbers of every token along, in lists."""
     tokens = [[patch] for patch in range(num_patches)]
-    for kept, fused in steps:
-        lost = [patch for position, patches in enumerate(tokens) if position not in kept for patch in patches]
-        tokens = [tokens[position] for position in kept] + ([lost] if fused else [])
+    for step in steps:
+        lost = [position for position in range(len(tokens)) if position not in step.kept]
+        for position in lost if step.into else ():
+            tokens[step.into[position]] += tokens[position]
+        fused = [[patch for position in lost for patch in tokens[position]]] if step.fused else []
+        tokens = [[] if position in step.padding else tokens[position] for position in step.kept] + fused
     positions = [-1] * num_patches
     for position, patches in enumerate(tokens):
         for patch in patches:
@@ -31,30 +46,50 @@ def follow(num_patches, steps):
 
 @st.composite
 def reductions(draw):
-    """Patch count, and per layer the kept positions of each of two images and whether the rest is fused."""
+    """Patch count, and per layer what happens to each of two images; the same kind of thing to both."""
     num_patches = alive = draw(st.integers(2, 12))
-    steps = []
+    layers = []
     for _ in range(draw(st.integers(1, 3))):
-        kept = draw(st.integers(1, alive))
-        fused = draw(st.booleans()) and kept < alive
-        choose = st.permutations(range(alive)).map(lambda order, kept=kept: sorted(order[:kept]))
-        steps.append(([draw(choose), draw(choose)], fused))
-        alive = kept + fused
-    return num_patches, steps
+        count = draw(st.integers(1, alive))
+        kind = draw(st.sampled_from(["drop", "fuse", "merge", "pad"]))
+        steps = []
+        for _ in range(2):
+            order = draw(st.permutations(range(alive)))
+            kept, lost = sorted(order[:count]), order[count:]
+            into = {position: draw(st.sampled_from(kept)) for position in lost} if kind == "merge" else None
+            padding = set(draw(st.lists(st.sampled_from(kept)))) if kind == "pad" else set()
+            steps.append(Step(kept, into, kind == "fuse" and count < alive, padding))
+        layers.append(steps)
+        alive = count + steps[0].fused
+    return num_patches, layers
 
 
-@settings(max_examples=60, deadline=None)
+def reduced_by(steps, prefix, alive):
+    """What a layer hands on that does these steps to the images of a batch."""
+    kept = torch.tensor([step.kept for step in steps]) + prefix
+    size = into = None
+    if any(step.padding for step in steps):
+        size = torch.tensor([[1] * prefix + [position not in step.padding for position in step.kept] for step in steps])
+    if steps[0].into is not None:
+        table = torch.full((2, prefix + alive), -1)
+        for image, step in enumerate(steps):
+            for source, target in step.into.items():
+                table[image, prefix + source] = prefix + target
+        into = table
+    return Reduced(torch.empty(0), kept, steps[0].fused, size, None if into is None else lambda: into)
+
+
+@settings(max_examples=100, deadline=None)
 @given(reductions(), st.integers(0, 2))
 def test_composed_maps_against_lists(case, prefix):
-    num_patches, steps = case
+    num_patches, layers = case
     source, alive = None, num_patches
-    for kept, fused in steps:
-        reduced = Reduced(torch.empty(0), torch.tensor(kept) + prefix, fused)
-        landing = landing_positions(reduced, prefix, alive)
+    for steps in layers:
+        landing = landing_positions(reduced_by(steps, prefix, alive), prefix, alive)
         source = landing if source is None else compose(source, landing)
-        alive = len(kept[0]) + fused
+        alive = len(steps[0].kept) + steps[0].fused
     for image in range(2):
-        assert source[image].tolist() == follow(num_patches, [(kept[image], fused) for kept, fused in steps])
+        assert source[image].tolist() == follow(num_patches, [steps[image] for steps in layers])
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip", "dinov2_reg4", "deit_distilled"])
@@ -199,8 +234,9 @@ def test_nothing_is_recorded_outside_a_trace():
     assert list(inner.sources) == [1, 2, 3]
 
 
-def test_trace_with_gradient_checkpointing_and_in_place_compile():
-    model = apply(make_host("vit"), "zero_tprune", keep=0.5)
+@pytest.mark.parametrize("method", ["zero_tprune", "tome"])
+def test_trace_with_gradient_checkpointing_and_in_place_compile(method):
+    model = apply(make_host("vit", depth=3), method, layers=[0, 1], keep=[12, 7])
     images = images_for(model)
     plain = trace(model, images)
     model.set_grad_checkpointing()

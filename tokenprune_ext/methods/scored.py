@@ -74,12 +74,22 @@ def reduce_tokens(ctx: AttentionContext, scores: Tensor, keep: int, reduction: s
         return merge_others(ctx, *split_tokens(scores, keep, ctx.num_prefix), proportional)
     if reduction == "drop":
         return Reduced(*ops.topk_gather(ctx.x, scores, keep, ctx.num_prefix))
-    fuse = "mean" if reduction == "mean" else "weighted"
-    x, kept = ops.topk_gather(ctx.x, scores, keep - 1, ctx.num_prefix, fuse)
     if reduction == "weighted":
-        total = scores[:, ctx.num_prefix :].sum(1) - scores.gather(1, kept).sum(1)
-        x = torch.cat([x[:, :-1], x[:, -1:] / total[:, None, None].to(x.dtype)], 1)
-    return Reduced(x, kept, fused=True)
+        x, kept = ops.topk_gather(ctx.x, scores, keep - 1, ctx.num_prefix)
+        fused = _weights_of_others(scores, kept, ctx.num_prefix).to(x.dtype).unsqueeze(1) @ ctx.x[:, ctx.num_prefix :]
+        return Reduced(torch.cat([x, fused], 1), kept, fused=True)
+    fuse = "mean" if reduction == "mean" else "weighted"
+    return Reduced(*ops.topk_gather(ctx.x, scores, keep - 1, ctx.num_prefix, fuse), fused=True)
+
+
+def _weights_of_others(scores: Tensor, kept: Tensor, num_prefix: int) -> Tensor:
+    """Scores of the patch tokens that are not kept, over their sum, and 0 for those that are; ``[B, N - num_prefix]``.
+
+    Summed among themselves: beside one large kept score, the difference of two sums would be nothing but rounding.
+    """
+    tiny = torch.finfo(scores.dtype).tiny  # all of them 0: the plain mean
+    others = (scores + tiny).scatter(1, kept, 0.0)[:, num_prefix:]
+    return others / others.sum(1, keepdim=True)
 
 
 def split_tokens(scores: Tensor, keep: int, num_prefix: int) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -86,14 +86,15 @@ class ToMe(Method):
         return self._counts(removed, num_patches)
 
     def _ramp(self, r: float, num_layers: int) -> list[float]:
-        span = max(num_layers - 1, 1)
-        return [r * (1 + self.inflection * (2 * i / span - 1)) for i in range(num_layers)]
+        middle = (num_layers - 1) / 2
+        return [r * (1 + self.inflection * (i - middle) / max(middle, 0.5)) for i in range(num_layers)]
 
     def _counts(self, removed: Sequence[float], num_patches: int) -> list[int]:
         counts: list[int] = []
-        for total in accumulate(removed):
-            entering = counts[-1] if counts else num_patches
-            counts.append(max(num_patches - int(total + 1e-9), self.min_keep(entering)))
+        left = float(num_patches)
+        for r in removed:
+            left = max(left - r, left / 2)  # fractions are carried on, so that an average r is one
+            counts.append(math.ceil(left - 1e-9))
         return counts
 
     def reduce(self, ctx: AttentionContext, keep: int) -> Reduced:

@@ -26,6 +26,8 @@ class TokenMethod(Protocol):
 
     def reduce(self, ctx: AttentionContext, keep: int) -> Reduced: ...
 
+    def min_keep(self, entering: int) -> int: ...
+
 
 @dataclass(frozen=True)
 class BlockPlan:
@@ -81,7 +83,7 @@ def _keep_count(plan: BlockPlan, tokens: int) -> int:
     if patches == plan.num_patches:
         return plan.keep
     if plan.host.dynamic and patches > 0:
-        return max(1, plan.keep * patches // plan.num_patches)
+        return min(patches, max(plan.method.min_keep(patches), plan.keep * patches // plan.num_patches))
     prefix = plan.host.num_prefix_tokens
     height, width = plan.host.input_size
     raise ValueError(

@@ -84,8 +84,10 @@ class AttentionContext:
         prefix = torch.arange(self.num_prefix, device=kept.device).expand(kept.shape[0], -1)
         index = torch.cat([prefix, kept], 1)
         tensor = tensor.expand(index.shape[0], *tensor.shape[1:])
-        shape = [index.shape[1] if axis == dim else 1 for axis in range(1, tensor.dim())]
-        return tensor.take_along_dim(index.view(-1, *shape), dim)
+        shape, lengths = [1] * tensor.dim(), list(tensor.shape)
+        shape[0], shape[dim] = index.shape
+        lengths[dim] = -1
+        return tensor.gather(dim, index.view(shape).expand(lengths))  # take_along_dim fixes the batch in torch.export
 
     def restricted(self, kept: Tensor) -> AttentionContext:
         """The prefix tokens and the patch tokens at ``kept`` ``[B, K]`` alone, as if there were no others."""
