@@ -36,26 +36,10 @@ inline float vector_exp(float x) {
 }
 inline double vector_exp(double x) { return std::exp(x); }
 
-// row[k] = e^(row[k] - shift); returns the sum. Sums are formed in sixteen parts, which the compiler keeps in
-// registers.
+// row[k] = e^(row[k] - shift); returns the sum.
 template <typename acc_t>
 TOKENPRUNE_MULTIVERSION acc_t exp_row(acc_t* __restrict__ row, int64_t n, acc_t shift) {
-  constexpr int64_t kParts = 16;
-  acc_t parts[kParts] = {};
-  int64_t k = 0;
-  for (; k + kParts <= n; k += kParts) {
-    for (int64_t j = 0; j < kParts; ++j) {
-      row[k + j] = vector_exp(row[k + j] - shift);
-      parts[j] += row[k + j];
-    }
-  }
-  for (; k < n; ++k) {
-    row[k] = vector_exp(row[k] - shift);
-    parts[0] += row[k];
-  }
-  acc_t sum = 0;
-  for (int64_t j = 0; j < kParts; ++j) sum += parts[j];
-  return sum;
+  return sum_in_parts<acc_t>(n, [&](int64_t k) { return row[k] = vector_exp(row[k] - shift); });
 }
 
 template <typename acc_t>

@@ -1,6 +1,7 @@
 #include "../ops/attn_colsum.h"
 
 #include <algorithm>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -9,61 +10,67 @@
 namespace tokenprune {
 namespace {
 
-constexpr int64_t kRows = 16;  // queries of a task, whose entries lie side by side in each head
+constexpr int64_t kRows = 64;  // most queries of a task, whose entries lie side by side in each head
 
-// reduced[i] = the reduction over heads of entries[h * head_stride + i], a few entries at a time in registers. NaN
-// propagates.
+// Entries of all heads that are reduced together, in registers.
+template <typename acc_t>
+constexpr int64_t kStrip = 256 / static_cast<int64_t>(sizeof(acc_t));
+
+// out[k] = the sum over `rows` queries of the reduction over heads of their entries k. A head's rows are walked through
+// as one, so that a strip may begin in one row and end in the next: `sums` has room for n + kStrip.
 template <bool kMax, typename value_t, typename acc_t>
-TOKENPRUNE_MULTIVERSION void reduce_heads(const value_t* __restrict__ entries, int64_t head_stride, int64_t heads,
-                                          int64_t length, acc_t* __restrict__ reduced) {
-  constexpr int64_t kWidth = 256 / static_cast<int64_t>(sizeof(acc_t));
-  for (int64_t first = 0; first < length; first += kWidth) {
-    const int64_t width = std::min(kWidth, length - first);
-    acc_t part[kWidth];
-    for (int64_t h = 0; h < heads; ++h) {
-      const value_t* from = entries + h * head_stride + first;
-      const auto join = [&](int64_t i) {
-        const acc_t value = static_cast<acc_t>(from[i]);
-        if (h == 0) {
-          part[i] = value;
-        } else if constexpr (kMax) {
-          part[i] = !(value <= part[i]) && part[i] == part[i] ? value : part[i];
-        } else {
-          part[i] += value;
-        }
-      };
-      if (width == kWidth) {
-        for (int64_t i = 0; i < kWidth; ++i) join(i);
-      } else {
-        for (int64_t i = 0; i < width; ++i) join(i);
-      }
+TOKENPRUNE_MULTIVERSION void sum_rows(const value_t* __restrict__ entries, int64_t head_stride, int64_t heads,
+                                      int64_t rows, int64_t n, acc_t* __restrict__ sums, acc_t* __restrict__ out) {
+  constexpr int64_t kWidth = kStrip<acc_t>;
+  constexpr acc_t kNothing = kMax ? -std::numeric_limits<acc_t>::infinity() : acc_t(0);
+  const auto join = [](acc_t reduced, acc_t value) { return kMax ? max_nan(reduced, value) : reduced + value; };
+  const int64_t length = rows * n;
+  int64_t column = 0;
+  int64_t first = 0;
+  std::fill_n(sums, n + kWidth, acc_t(0));
+  for (; first + kWidth <= length; first += kWidth) {
+    const value_t* from = entries + first;
+    acc_t reduced[kWidth];
+    std::fill_n(reduced, kWidth, kNothing);
+    for (int64_t h = 0; h < heads; ++h, from += head_stride) {
+      for (int64_t i = 0; i < kWidth; ++i) reduced[i] = join(reduced[i], static_cast<acc_t>(from[i]));
     }
-    std::copy_n(part, width, reduced + first);
+    for (int64_t i = 0; i < kWidth; ++i) sums[column + i] += reduced[i];
+    column = (column + kWidth) % n;
   }
+  for (; first < length; ++first, ++column) {
+    acc_t reduced = kNothing;
+    for (int64_t h = 0; h < heads; ++h) reduced = join(reduced, static_cast<acc_t>(entries[h * head_stride + first]));
+    sums[column] += reduced;
+  }
+  std::copy_n(sums, n, out);
+  for (int64_t i = 0; i < kWidth; ++i) out[i % n] += sums[n + i];
 }
 
 Tensor attn_colsum_cpu(Tensor attn, std::string head_reduce, std::string query_rows, int64_t num_prefix) {
   const AttnColsumParams params = check_attn_colsum(attn, head_reduce, query_rows, num_prefix);
   attn = torch::stable::contiguous(attn);
   Tensor out = torch::stable::new_empty(attn, {params.batch, params.tokens}, accumulate_dtype(attn));
-  const int64_t blocks = (params.row_end - params.row_begin + kRows - 1) / kRows;
+  const int64_t queries = params.row_end - params.row_begin;
+  const int64_t blocks = (queries + kRows - 1) / kRows;
   TOKENPRUNE_DISPATCH(attn.scalar_type(), "attn_colsum", [&] {
     using acc_t = accumulate_t<scalar_t>;
     const auto* a = vector_ptr<scalar_t>(attn);
     const int64_t n = params.tokens;
     std::vector<acc_t> partial(params.batch * blocks * n);
     torch::stable::parallel_for(0, params.batch * blocks, 1, [&](int64_t begin, int64_t end) {
-      std::vector<acc_t> reduced(kRows * n);
+      std::vector<acc_t> sums(n + kStrip<acc_t>);
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t first = params.row_begin + task % blocks * kRows;
-        const int64_t count = std::min(kRows, params.row_end - first);
-        const auto* rows = a + (task / blocks * params.heads * n + first) * n;
+        const int64_t block = task % blocks;
+        const int64_t first = params.row_begin + block * queries / blocks;  // blocks of the same size, or one less
+        const int64_t rows = params.row_begin + (block + 1) * queries / blocks - first;
+        const auto* entries = a + (task / blocks * params.heads * n + first) * n;
+        acc_t* sum = partial.data() + task * n;
         if (params.head_reduce == HeadReduce::kMax) {
-          reduce_heads<true>(rows, n * n, params.heads, count * n, reduced.data());
+          sum_rows<true>(entries, n * n, params.heads, rows, n, sums.data(), sum);
         } else {
-          reduce_heads<false>(rows, n * n, params.heads, count * n, reduced.data());
+          sum_rows<false>(entries, n * n, params.heads, rows, n, sums.data(), sum);
         }
-        add_rows(reduced.data(), count, n, n, partial.data() + task * n);
       }
     });
     for (int64_t image = 0; image < params.batch; ++image) {

@@ -20,10 +20,7 @@ TOKENPRUNE_MULTIVERSION void join_head(const acc_t* __restrict__ row, int64_t n,
   if (first) {
     for (int64_t k = 0; k < n; ++k) reduced[k] = row[k] * factor;
   } else if (max) {
-    for (int64_t k = 0; k < n; ++k) {
-      const acc_t value = row[k] * factor;
-      reduced[k] = !(value <= reduced[k]) && reduced[k] == reduced[k] ? value : reduced[k];
-    }
+    for (int64_t k = 0; k < n; ++k) reduced[k] = max_nan(reduced[k], row[k] * factor);
   } else {
     for (int64_t k = 0; k < n; ++k) reduced[k] += row[k] * factor;
   }

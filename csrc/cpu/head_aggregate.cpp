@@ -11,15 +11,13 @@ namespace {
 // Population variance, in two passes.
 template <typename value_t, typename acc_t>
 TOKENPRUNE_MULTIVERSION acc_t variance(const value_t* scores, int64_t n) {
-  acc_t mean = 0;
-  for (int64_t i = 0; i < n; ++i) mean += static_cast<acc_t>(scores[i]);
-  mean /= static_cast<acc_t>(n);
-  acc_t sum = 0;
-  for (int64_t i = 0; i < n; ++i) {
+  const acc_t count = static_cast<acc_t>(n);
+  const acc_t mean = sum_in_parts<acc_t>(n, [&](int64_t i) { return static_cast<acc_t>(scores[i]); }) / count;
+  const auto square = [&](int64_t i) {
     const acc_t off = static_cast<acc_t>(scores[i]) - mean;
-    sum += off * off;
-  }
-  return sum / static_cast<acc_t>(n);
+    return off * off;
+  };
+  return sum_in_parts<acc_t>(n, square) / count;
 }
 
 template <typename value_t, typename acc_t>

@@ -49,6 +49,29 @@ const vectorizable_t<scalar_t>* vector_ptr(const Tensor& tensor) {
   return static_cast<const vectorizable_t<scalar_t>*>(tensor.data_ptr());
 }
 
+// The larger of two values; NaN wins, as in torch. In this form compilers make a maximum and a masked move of it.
+template <typename acc_t>
+inline acc_t max_nan(acc_t most, acc_t value) {
+  const acc_t larger = value > most ? value : most;
+  return value == value ? larger : value;
+}
+
+// The sum of term(0) .. term(n - 1), in sixteen parts, which the compiler keeps in registers. For multiversioned
+// functions, which have to inline it.
+template <typename acc_t, typename Term>
+[[gnu::always_inline]] inline acc_t sum_in_parts(int64_t n, const Term& term) {
+  constexpr int64_t kParts = 16;
+  acc_t parts[kParts] = {};
+  int64_t i = 0;
+  for (; i + kParts <= n; i += kParts) {
+    for (int64_t j = 0; j < kParts; ++j) parts[j] += term(i + j);
+  }
+  for (; i < n; ++i) parts[0] += term(i);
+  acc_t sum = 0;
+  for (int64_t j = 0; j < kParts; ++j) sum += parts[j];
+  return sum;
+}
+
 // sum += weight * x, n numbers.
 template <typename value_t, typename acc_t>
 TOKENPRUNE_MULTIVERSION void add_scaled(acc_t weight, const value_t* __restrict__ x, int64_t n,

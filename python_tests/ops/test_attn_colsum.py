@@ -50,6 +50,16 @@ def test_definition(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("reduce", REDUCE)
+def test_same_bits_of_several_blocks_of_queries(reduce: str) -> None:
+    """On the CPU, whatever thread gets which block of which image."""
+    attn = attention(2, 3, 150).float()
+    (one,) = Backend("cpu").run("attn_colsum", attn, reduce, "patch", 1)
+    torch.set_num_threads(3)
+    assert torch.equal(Backend("cpu").run("attn_colsum", attn, reduce, "patch", 1)[0], one)
+    assert torch.equal(Backend("cpu").run("attn_colsum", attn[1:], reduce, "patch", 1)[0], one[1:])
+
+
+@pytest.mark.parametrize("reduce", REDUCE)
 @pytest.mark.parametrize("rows", ROWS)
 def test_gradients(device: str, reduce: str, rows: str) -> None:
     attn = attention(2, 3, 5).to(device).requires_grad_()
