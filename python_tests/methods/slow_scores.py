@@ -146,24 +146,23 @@ def ats_scores(image: Image) -> dict[int, float]:
     }
 
 
-def peaks_importance(image: Image, source: str) -> Row:
-    match source:
-        case "class":
-            return class_attention(image)
-        case "received":
-            return mean_received(image)
-        case "wpr":
-            ones = [1.0] * len(image.x)
-            return mean_rows([page_rank(attention(image, head), ones, 5) for head in image.heads])
-        case _:
-            return [math.sqrt(dot(row, row)) for row in image.x]
+def peaks_importance(image: Image, source: str, value_length: bool) -> Row:
+    """What a token adds to others: per head its attention times the length of its value vector; mean over the heads."""
+    if source == "norm":
+        return [math.sqrt(dot(row, row)) for row in image.x]
+    ones = [1.0] * len(image.x)
+    heads = []
+    for head in image.heads:
+        attn = attention(image, head)
+        row = attn[0] if source == "class" else page_rank(attn, ones, 5 if source == "wpr" else 1)
+        lengths = [math.sqrt(dot(value, value)) if value_length else 1.0 for value in image.v[head]]
+        heads.append([share * length for share, length in zip(row, lengths, strict=True)])
+    return mean_rows(heads)
 
 
-def peaks_scores(image: Image, source: str, exponent: float = 0.5, times_size: bool = False) -> dict[int, float]:
+def peaks_scores(image: Image, source: str, exponent: float = 1.0, value_length: bool = True) -> dict[int, float]:
     """importance ** exponent * (1 - near); near: similarity to the most similar more important patch token."""
-    importance = peaks_importance(image, source)
-    if times_size:
-        importance = [value * size for value, size in zip(importance, image.size, strict=True)]
+    importance = peaks_importance(image, source, value_length)
     order = ranked({token: importance[token] for token in image.patches})
     scores = {}
     for place, token in enumerate(order):

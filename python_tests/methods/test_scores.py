@@ -14,8 +14,6 @@ from tokenprune_ext import methods
 
 GEOMETRIES = [(10, 1), (9, 1), (9, 0), (10, 2), (9, 5)]  # patch and prefix tokens
 REDUCTIONS = ("drop", "mean", "weighted", "sum", "merge")
-# Whether Peaks multiplies a token's importance by the number of patches it stands for.
-PEAKS_TIMES_SIZE = False
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -47,10 +45,9 @@ def test_peaks_scores(kind, patches, prefix, sizes, source):
     if source == "class" and not prefix:
         pytest.skip("no class token")
     ctx = context(kind, patches, prefix, sizes=sizes)
-    times_size = PEAKS_TIMES_SIZE and source != "norm"
-    for exponent in (0.5, 1.0):
-        method = methods.create("peaks", importance=source, exponent=exponent)
-        check_scores(method, ctx, lambda image: peaks_scores(image, source, exponent, times_size))  # noqa: B023
+    for exponent, value_length in ((0.5, False), (1.0, True)):
+        method = methods.create("peaks", importance=source, exponent=exponent, value_length=value_length)
+        check_scores(method, ctx, lambda image: peaks_scores(image, source, exponent, value_length))  # noqa: B023
 
 
 @pytest.mark.parametrize(("class_token", "source"), [(True, "class"), (False, "received")])
@@ -80,7 +77,7 @@ def test_peaks(kind, patches, prefix, sizes):
     ctx = context(kind, patches, prefix, sizes=sizes)
 
     def slow(image: Image) -> Pruned:
-        scores = peaks_scores(image, "class" if prefix else "received", times_size=PEAKS_TIMES_SIZE)
+        scores = peaks_scores(image, "class" if prefix else "received")
         return reduce_tokens(image, scores, keep, "merge")
 
     for keep in (1, 4, patches - 1):

@@ -11,7 +11,6 @@ import torch
 from host_models import images_for, make_host
 from methods.slow_methods import Pruned, ats, reduce_tokens, tome, zero_tprune
 from methods.slow_scores import Image, attention, peaks_scores, pomt_scores, topk_scores
-from methods.test_scores import PEAKS_TIMES_SIZE
 from torch import Tensor, nn
 
 from tokenprune_ext import methods
@@ -90,7 +89,7 @@ def scored(scores: Callable[[Image], dict[int, float]], reduction: str) -> Prune
 
 
 def slow_peaks(image: Image, keep: int, layer: int) -> Pruned:
-    scores = peaks_scores(image, "class" if image.has_class else "received", times_size=PEAKS_TIMES_SIZE)
+    scores = peaks_scores(image, "class" if image.has_class else "received")
     return reduce_tokens(image, scores, keep, "merge")
 
 
