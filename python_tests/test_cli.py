@@ -111,6 +111,18 @@ def test_compare_options_reach_the_comparison(inputs: Path, tmp_path: Path) -> N
     assert all(row["latency"] is None and row["accuracy"]["top1"] is None for row in report["rows"])
 
 
+def test_dense_with_an_option_is_a_row_of_its_own(inputs: Path, tmp_path: Path) -> None:
+    methods = "dense:class_token_only=true,peaks,tome"
+    result = run(*compare_args(inputs, tmp_path, **{"methods": methods, "budgets": "0.8", "no-latency": True}))
+    assert result.exit_code == 0, result.output
+    assert "note:" not in result.output
+    rows = json.loads((tmp_path / "report.json").read_text("utf-8"))["rows"]
+    assert [row["name"] for row in rows] == ["dense", "dense:class_token_only=true", "peaks 80 %", "tome 80 %"]
+    assert [row["macs"]["scoring"] > 0 for row in rows] == [False, False, True, True]
+    assert all(row["macs"]["charged_fraction"] <= 0.8 for row in rows[2:])
+    assert "with scoring, G" in result.output
+
+
 def test_limit_is_the_same_choice_for_the_same_seed(inputs: Path, tmp_path: Path) -> None:
     kl = []
     for seed in (1, 1, 2):
@@ -211,6 +223,11 @@ def test_describe_dense_and_pruned() -> None:
     assert pruned.exit_code == 0, pruned.output
     assert "17 -> 13" in pruned.output
     assert "13 -> 8" in pruned.output
+    for line in ("blocks: ", "with scoring: ", "model, with scoring: "):
+        assert line in pruned.output
+    only = run("describe", *MODEL, "--method", "dense:class_token_only=true")
+    assert only.exit_code == 0, only.output
+    assert "dense, pruning nothing, the last block for the class token alone" in only.output
 
 
 def test_schedule_file_round_trip(tmp_path: Path) -> None:
@@ -224,6 +241,15 @@ def test_schedule_file_round_trip(tmp_path: Path) -> None:
     assert described.output == run("describe", *MODEL, "--method", "pomt", "--macs", "0.7", "--layers", "2").output
 
 
+def test_schedule_file_of_dense(tmp_path: Path) -> None:
+    written = run("schedule", *MODEL, "--method", "dense:class_token_only=true", "--output", tmp_path / "s.json")
+    assert written.exit_code == 0, written.output
+    assert "dense, patch tokens kept: all" in " ".join(written.output.split())
+    assert (
+        "the last block for the class token alone" in run("describe", *MODEL, "--schedule", tmp_path / "s.json").output
+    )
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -233,6 +259,7 @@ def test_schedule_file_round_trip(tmp_path: Path) -> None:
         (["--method", "topk", "--layers", "-1", "--keep", "0.5"], "--layers"),
         (["--method", "topk", "--layers", "99", "--keep", "0.5"], "99"),
         (["--method", "topk", "--macs", "0.01"], "out of reach"),
+        (["--method", "dense", "--keep", "0.5"], "dense prunes nothing"),
         (["--keep", "0.5"], "--method"),
         (["--model", "resnet18", "--method", "topk", "--keep", "0.5"], "ResNet is not supported"),
     ],
@@ -257,7 +284,7 @@ def test_demo_compares_every_method(tmp_path: Path) -> None:
     result = run("demo", "--images", "10", "--latency-budget", "0", "--output", tmp_path)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "report.json").read_text("utf-8"))
-    assert {row["method"] for row in report["rows"]} == {None, *available()}
+    assert {row["method"] for row in report["rows"]} == {None, *available()} - {"dense"}
     assert report["rows"][0]["accuracy"]["top1"] > 0.5
     assert (tmp_path / "report.html").is_file()
 

@@ -51,12 +51,17 @@ def run(model: nn.Module, images: Noise | None = None, **options) -> Comparison:
 
 def test_every_method_at_every_budget_gets_a_row(model: nn.Module) -> None:
     chosen = {name: methods.create(name) for name in methods.available()}
-    result = run(model, methods=chosen, budgets=(0.7, 0.9), latency_budget_s=0.0)
-    assert [row.name for row in result.rows] == [DENSE] + [f"{m} {b} %" for m in chosen for b in (90, 70)]
+    result = run(model, methods=chosen, budgets=(0.7, 0.8), latency_budget_s=0.0)
+    pruning = [name for name in chosen if name != "dense"]  # which is the first row
+    assert [row.name for row in result.rows] == [DENSE] + [f"{m} {b} %" for m in pruning for b in (80, 70)]
     dense, *pruned = result.rows
     assert (dense.macs.blocks_fraction, dense.schedule, dense.latency.speedup) == (1.0, None, 1.0)
+    assert (dense.macs.scoring, dense.macs.charged_fraction) == (0, 1.0)
     for row in pruned:
-        assert 0.5 * row.budget < row.macs.blocks_fraction <= row.budget
+        assert 0.5 * row.budget < row.macs.charged_fraction <= row.budget
+        assert (row.macs.scoring > 0) == (row.method != "random")
+        charged = row.macs.blocks + row.macs.scoring
+        assert row.macs.charged_fraction == pytest.approx(charged / dense.macs.blocks)
         assert row.macs.model_fraction > row.macs.blocks_fraction
         assert row.accuracy.images == 6
         assert row.latency.images_per_s == pytest.approx(4 / row.latency.median_s)
@@ -64,6 +69,23 @@ def test_every_method_at_every_budget_gets_a_row(model: nn.Module) -> None:
         assert row.accuracy.top1_change == pytest.approx(row.accuracy.top1 - dense.accuracy.top1)
     assert any(row.accuracy.kl > 0 for row in pruned)
     assert not any("left out" in note for note in result.notes)
+
+
+def test_a_method_that_prunes_nothing_gets_one_row_without_a_budget(model: nn.Module) -> None:
+    label = "dense:class_token_only=true"
+    chosen = {label: methods.create("dense", class_token_only=True), "topk": methods.create("topk")}
+    result = run(model, methods=chosen, budgets=(0.7, 0.9))
+    assert [row.name for row in result.rows] == [DENSE, label, "topk 90 %", "topk 70 %"]
+    row = result.rows[1]
+    assert (row.method, row.budget, row.schedule["keep"]) == (label, None, {})
+    assert row.macs.scoring == 0
+    assert row.macs.charged_fraction == row.macs.blocks_fraction < 1
+    assert row.accuracy.agreement == 1
+    assert row.accuracy.kl == pytest.approx(0, abs=1e-6)
+    assert not result.notes
+    assert [each.variant for each in result.pictures[0].progressions] == ["topk 90 %"]  # dense drops nothing
+    with pytest.raises(CompareError, match="method dense: another row has this name"):
+        run(model, methods={"dense": chosen[label]})
 
 
 def test_rows_are_what_a_pruned_model_does_on_its_own(model: nn.Module) -> None:
@@ -114,8 +136,9 @@ def test_budget_out_of_reach_is_noted_and_others_go_on(model: nn.Module) -> None
 def test_nothing_to_compare_is_refused(model: nn.Module) -> None:
     with pytest.raises(CompareError, match=r"nothing to compare: pomt 5 % left out"):
         run(model, methods={"pomt": methods.create("pomt")}, budgets=(0.05,))
-    with pytest.raises(CompareError, match="no method and no schedule"):
-        run(model)
+    for chosen in ({}, {"dense": methods.create("dense")}):
+        with pytest.raises(CompareError, match="no schedule and no method that changes the model given"):
+            run(model, methods=chosen)
 
 
 def test_model_that_cannot_be_pruned_is_refused_once() -> None:

@@ -30,7 +30,7 @@ def make_row(name: str, method: str | None, fraction: float, *, labelled: bool =
     if not labelled:
         accuracy = dataclasses.replace(accuracy, top1=None, top1_change=None, top1_change_se=None)
     latency = Latency(fraction / 10, fraction / 11, fraction / 9, 320 / fraction, 1 / fraction, 1.0, 2.0, (0.1, 0.2))
-    macs = Macs(int(1e9 * fraction), fraction, int(1.1e9 * fraction), fraction)
+    macs = Macs(int(1e9 * fraction), fraction, int(2e7), fraction + 0.02, int(1.1e9 * fraction), fraction)
     return Row(name, method, None, None, macs, accuracy, latency if timed else None, 12_300_000)
 
 
@@ -88,6 +88,7 @@ def test_table_shows_every_figure() -> None:
     text = {column.heading: [column.text(row) for row in make_comparison().rows] for column in COLUMNS}
     assert text["variant"][1] == "topk 80 %"
     assert text["MACs blocks, G"][1] == "0.800 (80.0 %)"
+    assert text["with scoring, G"][1] == "0.820 (82.0 %)"
     assert text["MACs model, G"][1] == "0.880 (80.0 %)"
     assert text["top-1, %"][:2] == ["75.00", "60.00"]
     assert text["change, points"][:2] == ["-", "-15.00 ± 1.23"]

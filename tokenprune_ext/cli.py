@@ -38,7 +38,11 @@ def _pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--keep", type=values.Keep(), help="Ratio or count kept, one or one per layer: 0.7 or 150,110,80."
         ),
-        click.option("--macs", type=click.FloatRange(0, 1, min_open=True), help="Share of the blocks' MACs to keep."),
+        click.option(
+            "--macs",
+            type=click.FloatRange(0, 1, min_open=True),
+            help="Share of the blocks' MACs to keep, scoring charged.",
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -90,7 +94,7 @@ def schedule(model_name: str, img_size: int | None, method: str | None, output: 
         with values.usage_error(TypeError, ValueError, OSError):
             built = Schedule.build(model, pruning, **how)
             built.save(output)
-        kept = ", ".join(f"{count} at block {block}" for block, count in built.keep.items())
+        kept = ", ".join(f"{count} at block {block}" for block, count in built.keep.items()) or "all"
         click.echo(f"wrote {output}: {built.method}, patch tokens kept: {kept}")
 
 

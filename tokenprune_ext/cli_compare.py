@@ -28,7 +28,10 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--unlabelled", is_flag=True, help="Ignore labels; compare with the dense model only.")
 @click.option("--methods", default="zero_tprune,pomt,topk,random", help="name[:option=value...], separated by commas.")
 @click.option(
-    "--budgets", type=values.Numbers(0, 1), default="0.8,0.64,0.54", help="Shares of the blocks' MACs to keep."
+    "--budgets",
+    type=values.Numbers(0, 1),
+    default="0.8,0.64,0.54",
+    help="Shares of the blocks' MACs to keep, scoring charged.",
 )
 @click.option("--schedule", "schedules", type=FILE, multiple=True, help="Schedule file as a further row; repeatable.")
 @click.option("--mean", type=values.Numbers(), help="Normalisation, one or three numbers.  [default: the model's]")

@@ -18,10 +18,11 @@ from tokenprune_ext.data import ImageSource, batches
 from tokenprune_ext.environment import environment
 from tokenprune_ext.evaluate import Accuracy, evaluate
 from tokenprune_ext.latency import Latency, measure_latency, peak_memory
-from tokenprune_ext.methods import Method
+from tokenprune_ext.methods import Dense, Method
+from tokenprune_ext.patch import inspect_host
 from tokenprune_ext.prune import apply, describe, schedule_of
 from tokenprune_ext.report.pictures import Picture, take_pictures
-from tokenprune_ext.schedule import Schedule
+from tokenprune_ext.schedule import Schedule, default_layers
 
 DENSE = "dense"
 _NOISY_SPREAD = 1.25  # on a quiet machine the middle three fifths of the rounds lie within a few per cent
@@ -33,10 +34,19 @@ class CompareError(ValueError):
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates of one image, scoring left out; fractions are of the dense model's."""
+    """Multiply-accumulates of one image; fractions are of the dense model's.
+
+    Attributes:
+        blocks: of the blocks, scoring left out, as in the papers' tables.
+        scoring: of choosing and merging tokens.
+        charged_fraction: blocks and scoring together, over the dense blocks; what a budget limits.
+        model: of the whole model, scoring left out.
+    """
 
     blocks: int
     blocks_fraction: float
+    scoring: int
+    charged_fraction: float
     model: int
     model_fraction: float
 
@@ -48,7 +58,8 @@ class Row:
     Attributes:
         name: unique name of the row.
         method: label of the pruning method or schedule; None for the dense model.
-        budget: wanted fraction of the dense blocks-only MACs; None for the dense model and for schedules.
+        budget: wanted fraction of the dense blocks' MACs, scoring charged; None for the dense model, for schedules and
+            for methods that prune nothing.
         schedule: keep counts and options that reproduce the row (`Schedule` as a dictionary).
         peak_memory: bytes one forward holds beyond weights and input.
     """
@@ -112,13 +123,15 @@ def compare(
 ) -> Comparison:
     """Compare `model` with itself pruned by every method at every budget, and by every schedule.
 
+    A method that prunes nothing, like `dense` with `class_token_only`, gets one row without a budget.
+
     Args:
         model: a dense timm vision transformer; moved to `device` and cast to `dtype` (weights and inputs; no
             autocast). It is not patched: variants are copies that share its weights.
         images: what to evaluate on; labels below 0 mean unlabelled.
         transform, data_config: preprocessing of one PIL image, and its configuration (see `data.preprocessing`).
         methods: methods by the label of their rows.
-        budgets: fractions of the dense blocks-only MACs to keep, each in (0, 1].
+        budgets: fractions of the dense blocks' MACs to keep, scoring charged, each in (0, 1].
         schedules: schedules by label, one further row each.
         latency_budget_s: seconds for the interleaved latency rounds; None leaves latency out.
         class_names: names for the captions of the pictures, in the order of the classes.
@@ -198,19 +211,25 @@ def _variants(
     model: nn.Module, methods: Mapping[str, Method], budgets: Sequence[float], schedules: Mapping[str, Schedule]
 ) -> tuple[dict[str, _Variant], list[str]]:
     try:
-        describe(model)
+        host = inspect_host(model)
     except (TypeError, ValueError) as error:
         raise CompareError(str(error)) from error
     variants = {DENSE: _Variant(None, None, model)}
     notes: list[str] = []
-    for (label, method), budget in itertools.product(methods.items(), sorted(set(budgets), reverse=True)):
-        name = f"{label} {_percent(budget)}"
-        try:
-            pruned = apply(share(model), method, macs=budget)
-        except (TypeError, ValueError) as error:  # this method cannot do this model or this budget; others may
-            notes.append(f"{name} left out: {error}")
+    for label, method in methods.items():
+        if method == Dense():  # the first row
             continue
-        variants[name] = _Variant(label, budget, pruned)
+        targets = sorted(set(budgets), reverse=True) if default_layers(method.for_host(host), host) else [None]
+        for budget in targets:
+            name = label if budget is None else f"{label} {_percent(budget)}"
+            if name in variants:
+                raise CompareError(f"method {label}: another row has this name")
+            try:
+                changed = apply(share(model), method, macs=budget)
+            except (TypeError, ValueError) as error:  # this method cannot do this model or this budget; others may
+                notes.append(f"{name} left out: {error}")
+                continue
+            variants[name] = _Variant(label, budget, changed)
     for label, schedule in schedules.items():
         if label in variants:
             raise CompareError(f"schedule {label}: another row has this name")
@@ -219,7 +238,9 @@ def _variants(
         except (TypeError, ValueError) as error:
             raise CompareError(f"schedule {label}: {error}") from error
     if len(variants) == 1:
-        raise CompareError("nothing to compare: " + ("; ".join(notes) or "no method and no schedule given"))
+        raise CompareError(
+            "nothing to compare: " + ("; ".join(notes) or "no schedule and no method that changes the model given")
+        )
     return variants, notes
 
 
@@ -249,6 +270,8 @@ def _macs(model: nn.Module) -> Macs:
     return Macs(
         blocks=report.blocks_macs,
         blocks_fraction=report.blocks_macs / report.dense_blocks_macs,
+        scoring=report.scoring_macs,
+        charged_fraction=(report.blocks_macs + report.scoring_macs) / report.dense_blocks_macs,
         model=report.model_macs,
         model_fraction=report.model_macs / report.dense_model_macs,
     )
@@ -264,12 +287,14 @@ def _pictures(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Picture, ...]:
-    """Pictures of every method at the middle budget, and of every schedule, on images spread over the set."""
+    """Pictures of what prunes: methods at the middle budget, and schedules; on images spread over the set."""
     done = sorted({v.budget for v in variants.values() if v.budget is not None})
     shown = {
         name: variant.model
         for name, variant in variants.items()
-        if name != DENSE and (variant.budget is None or variant.budget == done[len(done) // 2])
+        if name != DENSE
+        and schedule_of(variant.model).keep
+        and (variant.budget is None or variant.budget == done[len(done) // 2])
     }
     count = min(count, len(images))
     if not count:

@@ -92,7 +92,7 @@ class Schedule:
         host = inspect_host(model)
         method = _registered(method).for_host(host)
         method.check_host(host)
-        chosen = _default_layers(method, host) if layers is None else checked_layers(layers, host.depth)
+        chosen = default_layers(method, host) if layers is None else checked_layers(layers, host.depth)
         if not chosen and not keep is macs is None:
             raise ValueError(f"keep and macs must not be given: {method.name} prunes nothing")
         if chosen and (keep is None) == (macs is None):
@@ -195,8 +195,8 @@ def _check_keep(keep: dict[int, int], num_patches: int, method: Method) -> None:
         entering = count
 
 
-def _default_layers(method: Method, host: Host) -> tuple[int, ...]:
-    """The method's own choice; a last block that computes the class token alone has nothing to prune."""
+def default_layers(method: Method, host: Host) -> tuple[int, ...]:
+    """Where a method prunes by its own choice; never in a last block that computes the class token alone."""
     pruning = host.depth - method.class_token_only
     return tuple(layer for layer in method.default_layers(host.depth) if layer < pruning)
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, told apart with any colour vision; markers repeat the distinction.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")  # one more than colours, so that no pair comes back soon
 _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -28,8 +28,9 @@ _STYLE: Any = {
 
 
 def plot_macs(rows: Sequence[Row]) -> str:
-    """Quality against the share of the dense blocks-only MACs, as a data: URI of an SVG."""
-    return _plot(rows, lambda row: 100 * row.macs.blocks_fraction, "MACs of the blocks, % of dense", invert=True)
+    """Quality against the share of the dense blocks' MACs, scoring charged, as a data: URI of an SVG."""
+    label = "MACs of the blocks and of scoring, % of dense"
+    return _plot(rows, lambda row: 100 * row.macs.charged_fraction, label, invert=True)
 
 
 def plot_speedup(rows: Sequence[Row]) -> str | None:

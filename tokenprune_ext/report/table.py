@@ -44,15 +44,20 @@ def _latency(row: Row) -> str:
 
 
 COLUMNS = (
-    Column("variant", "method and wanted share of the dense blocks-only MACs", lambda row: row.name),
+    Column("variant", "method and wanted share of the dense blocks' MACs, scoring charged", lambda row: row.name),
     Column(
         "MACs blocks, G",
         "multiply-accumulates of the blocks per image, and their share of the dense model's; scoring left out",
         lambda row: f"{row.macs.blocks / 1e9:.3f} ({100 * row.macs.blocks_fraction:.1f} %)",
     ),
     Column(
+        "with scoring, G",
+        "the same and what it takes to choose and merge tokens; a budget limits this",
+        lambda row: f"{(row.macs.blocks + row.macs.scoring) / 1e9:.3f} ({100 * row.macs.charged_fraction:.1f} %)",
+    ),
+    Column(
         "MACs model, G",
-        "the same with patch embedding and head",
+        "the blocks with patch embedding and head; scoring left out",
         lambda row: f"{row.macs.model / 1e9:.3f} ({100 * row.macs.model_fraction:.1f} %)",
     ),
     Column("top-1, %", "share of images whose best class is the label", _top1),
