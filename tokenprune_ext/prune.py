@@ -82,6 +82,8 @@ class Trace:
         output: what the model returned.
         sources: pruning layer -> int64 ``[B, n0]``: for every original patch, the 0-based position, among the patch
             tokens that leave the layer, of the token that stands for it, or -1 for none.
+        kept: pruning layer -> bool ``[B, n0]``: whether the patch's own token leaves the layer; it may stand for others
+            that were merged into it.
         counts: pruning layer -> int64 ``[B]``: how many patch tokens of each image leave the layer, a fused one among
             them, padding not. All are the schedule's count, unless the method lets the image decide (``ats``).
         scores: pruning layer -> ``[B, n0]``, floating: for every original patch, the score of the token that stood for
@@ -91,6 +93,7 @@ class Trace:
 
     output: Tensor
     sources: dict[int, Tensor]
+    kept: dict[int, Tensor]
     counts: dict[int, Tensor]
     scores: dict[int, Tensor]
 
@@ -107,7 +110,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), recording() as found:
         output = model(images)
     counts = {layer: standing(source) for layer, source in found.sources.items()}
-    return Trace(output, found.sources, counts, found.scores)
+    return Trace(output, found.sources, found.kept, counts, found.scores)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import itertools
 import pickle
 import weakref
@@ -11,15 +12,18 @@ import weakref
 import pytest
 import timm
 import torch
-from host_models import HOSTS, PRUNING, images_for, make_host, skip_unsuited, snapshot
+from host_models import HOSTS, PRUNING, TINY, images_for, make_host, skip_unsuited, snapshot
 from timm.models._features import FeatureGetterNet
+from timm.models.vision_transformer import VisionTransformer
 
 from tokenprune_ext import methods
 from tokenprune_ext.patch import TokenState
+from tokenprune_ext.patch.timm_features import embed
 from tokenprune_ext.prune import apply, remove, schedule_of, trace
 
 from .test_identity import patch_everywhere
 
+HAS_DICT = "output_dict" in inspect.signature(VisionTransformer.forward_intermediates).parameters
 FEW = ("vit", "siglip", "dinov2_reg4", "deit_distilled")
 
 
@@ -97,6 +101,7 @@ def test_nothing_pruned_is_the_dense_model(name):
             {"output_dict": True, "intermediates_only": True},
             {"intermediates_only": True, "return_prefix_tokens": True},
         )
+        if HAS_DICT or "output_dict" not in form
     ]
     layers = [{"n": 2, "reshape": True}, {"n": [1, 2], "return_prefix_tokens": True, "norm": True}]
     dense = [model.forward_intermediates(images, **call) for call in calls]
@@ -110,6 +115,33 @@ def test_nothing_pruned_is_the_dense_model(name):
             assert found.keys() == expected.keys()
     for call, expected in zip(layers, dense_layers, strict=True):
         assert same(model.get_intermediate_layers(images, **call), expected), call
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("vit_base_patch16_clip_224", {}),
+        ("eva02_base_patch16_clip_224", {}),
+        ("vit_medium_patch16_rope_reg1_gap_256", {}),
+        ("vit_small_patch16_rope_mixed_224", {}),
+        ("beit_base_patch16_224", {}),
+        ("beit_base_patch16_224", {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}),
+    ],
+)
+@torch.no_grad()
+def test_what_enters_the_blocks_of_every_family(name, options):
+    if not timm.is_model(name):
+        pytest.skip("this timm does not have it")
+    model = timm.create_model(name, **TINY, **options).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    images = torch.randn(2, 3, 64, 64)
+    tokens, calls = embed(model, images)
+    for block, call in zip(model.blocks, calls, strict=True):
+        tokens = block(tokens, **call)
+    assert torch.equal(model.norm(tokens), model.forward_features(images))
 
 
 @torch.no_grad()
@@ -210,6 +242,23 @@ def test_compile_without_graph_breaks(method):
             torch.compile(net, fullgraph=True, backend="aot_eager")(images), net(images), strict=True
         ):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_export_with_any_batch():
+    class Features(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = apply(make_host("vit", depth=2), "tome", layers=[0], keep=0.75)
+
+        def forward(self, images):
+            return self.model.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+
+    net = Features()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(net, (images_for(net.model),), dynamic_shapes=({0: batch},)).module()
+    images = images_for(net.model, batch=5, seed=1)
+    for found, expected in zip(exported(images), net(images), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

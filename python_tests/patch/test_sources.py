@@ -223,6 +223,28 @@ def test_scores_of_merged_patches_are_those_of_their_token():
             assert len(scores[source == place].unique()) == 1
 
 
+@pytest.mark.parametrize("method", PRUNING)
+def test_kept_patches_are_those_whose_own_token_is_left(method):
+    """Each token has at most one patch of its own; a patch that stands alone is its own; once lost is lost."""
+    model = apply(make_host("vit", torch.float64), method, layers=[1, 2], keep=[11, 6])
+    found = trace(model, images_for(model, batch=3))
+    assert list(found.kept) == [1, 2]
+    before = torch.ones(3, 16, dtype=torch.bool)
+    for layer, kept in found.kept.items():
+        assert kept.dtype == torch.bool
+        assert not (kept & ~before).any()
+        fused = method in ("pomt", "evit")
+        for own, source, count in zip(kept, found.sources[layer], found.counts[layer], strict=True):
+            standing = source[own]
+            assert (standing >= 0).all()
+            without = int(count) - len(standing)  # fused tokens, one of each layer
+            assert 1 <= without <= layer if fused else without == 0
+            assert len(standing.unique()) == len(standing)
+            if not fused:
+                assert set(standing.tolist()) == set(source[source >= 0].tolist())
+        before = kept
+
+
 def test_nothing_is_recorded_outside_a_trace():
     model = apply(make_host("vit"), "topk", keep=0.5)
     images = images_for(model)

@@ -114,13 +114,6 @@ class HostAdapter(ABC):
             raise ValueError(f"a pruned block of this family takes tokens alone, got {args} and {kwargs}")
         return {}
 
-    def embed(self, model: Any, images: Tensor) -> tuple[Tensor, Sequence[dict[str, Any]]]:
-        """The tokens ``[B, N, C]`` that enter the first block, and for every block what it is handed beside them.
-
-        What restores feature maps needs it; other families have no use for it.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not embed images")
-
     def unpatchable(self, block: nn.Module) -> str | None:
         """Why a block cannot be patched as it is now (hooks inside it that would not run); None when it can."""
         return None

@@ -42,7 +42,8 @@ def restore(tokens: Tensor, source: Tensor, num_prefix: int, fill: float | Tenso
 def full_grid(tokens: Tensor, source: Tensor, num_prefix: int, fill: float | Tensor) -> Tensor:
     """:func:`restore` without its checks."""
     patches = tokens[:, num_prefix:]
-    grid = patches.take_along_dim(source.clamp(min=0)[..., None], 1)
+    # Not take_along_dim: in torch.export it fixes the batch size.
+    grid = patches.gather(1, source.clamp(min=0)[..., None].expand(-1, -1, patches.shape[2]))
     return torch.where((source < 0)[..., None], fill, grid)
 
 

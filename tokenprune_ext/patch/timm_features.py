@@ -6,6 +6,8 @@ from typing import Any, NoReturn
 
 import torch
 from timm.models._features import feature_take_indices
+from timm.models.beit import Beit
+from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -78,7 +80,7 @@ def _run_blocks(
     plan: BlockPlan = next(block._tokenprune_plan for block in model.blocks if isinstance(block, PrunedBlock))
     prefix = plan.host.num_prefix_tokens
     plan.adapter.call_arguments(**call)
-    tokens, calls = plan.adapter.embed(model, images)
+    tokens, calls = embed(model, images)
     latest = tokens[:, prefix:]  # of every patch, the value it had when it was last there
     places = torch.arange(latest.shape[1], device=latest.device)
     state = TokenState(tokens, source=places.expand(latest.shape[:2]))
@@ -90,6 +92,23 @@ def _run_blocks(
         if index in take:
             grids.append(torch.cat([state.x[:, :prefix], _restored(state, prefix, latest)], 1))
     return grids, state
+
+
+def embed(model: Any, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The tokens ``[B, N, C]`` that enter the first block, and what every block is handed beside them, as timm does."""
+    depth = len(model.blocks)
+    x = model.patch_embed(images)
+    if isinstance(model, Beit):
+        x = torch.cat((model.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        x = x if model.pos_embed is None else x + model.pos_embed
+        bias = None if model.rel_pos_bias is None else model.rel_pos_bias()
+        return model.pos_drop(x), [{"shared_rel_pos_bias": bias}] * depth
+    if isinstance(model, Eva):
+        x, rope = model._pos_embed(x)
+        ropes = rope if rope is not None and getattr(model, "rope_mixed", False) else [rope] * depth
+        norm_pre = getattr(model, "norm_pre", None)  # older timm has none
+        return x if norm_pre is None else norm_pre(x), [{"rope": own} for own in ropes]
+    return model.norm_pre(model.patch_drop(model._pos_embed(x))), [{}] * depth
 
 
 def _run_block(block: nn.Module, state: TokenState, call: dict[str, Any], checkpointing: bool) -> TokenState:

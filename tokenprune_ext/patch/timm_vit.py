@@ -65,10 +65,6 @@ class TimmViT(HostAdapter):
         vit: Any = model
         return list(vit.blocks)
 
-    def embed(self, model: Any, images: Tensor) -> tuple[Tensor, Sequence[dict[str, Any]]]:
-        tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-        return tokens, [{}] * len(model.blocks)
-
     def call_arguments(self, attn_mask: Tensor | None = None, is_causal: bool = False) -> dict[str, Any]:
         if attn_mask is not None or is_causal:
             raise ValueError("attn_mask and is_causal do not work on a pruned model: the tokens they speak of are gone")
