@@ -145,7 +145,7 @@ void match_all(const NearestTokenParams& params, const Tensor& metric, const Sor
   });
 }
 
-std::tuple<Tensor, Tensor> nearest_token_cpu(Tensor metric, Tensor rank, int64_t num_prefix) {
+std::tuple<Tensor, Tensor> nearest_token_cpu(Tensor metric, Tensor rank, int64_t num_prefix, bool) {
   const NearestTokenParams params = check_nearest_token(metric, rank, num_prefix);
   return nearest_cpu(params, torch::stable::contiguous(metric), torch::stable::contiguous(rank));
 }

@@ -51,13 +51,13 @@ Tensor score_pairs(const BipartiteMatchParams& params, const Tensor& group, cons
 }
 
 std::tuple<Tensor, Tensor, Tensor> bipartite_match_cuda(Tensor metric, std::optional<Tensor> scores, int64_t r,
-                                                        int64_t num_prefix, std::string partition) {
+                                                        int64_t num_prefix, std::string partition, bool allow_tf32) {
   const BipartiteMatchParams params = check_bipartite_match(metric, scores, r, num_prefix, partition);
   const CudaScope scope(metric);
   const cudaStream_t stream = scope.stream;
   metric = torch::stable::contiguous(metric);
   const Tensor group = find_groups(params, metric, scores, stream);
-  const auto [similarity, partner] = nearest_cuda(params.nearest, metric, group, stream);
+  const auto [similarity, partner] = nearest_cuda(params.nearest, allow_tf32, metric, group, stream);
   const Tensor score = similarity.scalar_type() == ScalarType::Double
                            ? score_pairs<double>(params, group, partner, similarity, stream)
                            : score_pairs<float>(params, group, partner, similarity, stream);

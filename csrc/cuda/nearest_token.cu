@@ -7,19 +7,17 @@
 namespace tokenprune {
 namespace {
 
-// Whether products of float32 may be formed on tensor cores with ten bits of mantissa.
-constexpr bool kAllowTf32 = false;
-
-std::tuple<Tensor, Tensor> nearest_token_cuda(Tensor metric, Tensor rank, int64_t num_prefix) {
+std::tuple<Tensor, Tensor> nearest_token_cuda(Tensor metric, Tensor rank, int64_t num_prefix, bool allow_tf32) {
   const NearestTokenParams params = check_nearest_token(metric, rank, num_prefix);
   const CudaScope scope(metric);
-  return nearest_cuda(params, torch::stable::contiguous(metric), torch::stable::contiguous(rank), scope.stream);
+  return nearest_cuda(params, allow_tf32, torch::stable::contiguous(metric), torch::stable::contiguous(rank),
+                      scope.stream);
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> nearest_cuda(const NearestTokenParams& params, const Tensor& metric, const Tensor& rank,
-                                        cudaStream_t stream) {
+std::tuple<Tensor, Tensor> nearest_cuda(const NearestTokenParams& params, bool allow_tf32, const Tensor& metric,
+                                        const Tensor& rank, cudaStream_t stream) {
   const int64_t n = params.patches();
   const ScalarType acc_dtype = accumulate_dtype(metric);
   Tensor similarity = torch::stable::new_empty(metric, {params.batch, params.tokens}, acc_dtype);
@@ -33,10 +31,12 @@ std::tuple<Tensor, Tensor> nearest_cuda(const NearestTokenParams& params, const 
     using acc_t = accumulate_t<scalar_t>;
     const NearestWorkspace<value_t, acc_t> sorted{cuda_ptr<scalar_t>(rows), data_ptr<acc_t>(inverse),
                                                   data_ptr<int32_t>(tokens), data_ptr<int32_t>(columns)};
-    check_cuda(
-        launch_nearest(params, kAllowTf32, static_cast<const value_t*>(cuda_ptr<scalar_t>(metric)),
-                       data_ptr<int64_t>(rank), sorted, data_ptr<acc_t>(similarity), data_ptr<int64_t>(index), stream),
-        "nearest_token");
+    with_tf32<scalar_t>(allow_tf32, [&](auto tf32) {
+      check_cuda(launch_nearest<tf32()>(params, static_cast<const value_t*>(cuda_ptr<scalar_t>(metric)),
+                                        data_ptr<int64_t>(rank), sorted, data_ptr<acc_t>(similarity),
+                                        data_ptr<int64_t>(index), stream),
+                 "nearest_token");
+    });
   });
   return {similarity, index};
 }

@@ -9,7 +9,7 @@
 namespace tokenprune {
 
 // Similarity and position of the most similar patch token of lower rank. Arguments are checked and contiguous.
-std::tuple<Tensor, Tensor> nearest_cuda(const NearestTokenParams& params,
+std::tuple<Tensor, Tensor> nearest_cuda(const NearestTokenParams& params, bool allow_tf32,
                                         const Tensor& metric,  // [batch, tokens, channels]
                                         const Tensor& rank,    // [batch, tokens]
                                         cudaStream_t stream);

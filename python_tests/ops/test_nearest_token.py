@@ -93,6 +93,23 @@ def test_definition(backend: Backend) -> None:
 
 
 @each_backend
+def test_tf32_changes_float32_on_tensor_cores_alone(backend: Backend) -> None:
+    """Factors lose 13 bits: seen in the similarity, and no more than that. Other dtypes and backends ignore it."""
+    metric, rank = (tensor.to(backend.device) for tensor in tokens_and_rank(1, 130, 64))
+    for dtype in (torch.float32, torch.bfloat16):
+        exact, allowed = (backend.run("nearest_token", metric.to(dtype), rank, 1, tf32) for tf32 in (False, True))
+        rounded = dtype == torch.float32 and backend.name in ("cuda", "simt")
+        assert torch.equal(exact[0], allowed[0]) != rounded
+        if rounded:
+            cosine, best = similarities(metric, rank, 1), backend.run("nearest_token", metric, rank, 1)[0]
+            tolerance = 2.5e-4  # twice the largest error seen
+            torch.testing.assert_close(allowed[0].double(), best, rtol=0, atol=tolerance)
+            found = allowed[1] >= 0
+            chosen = cosine.gather(2, allowed[1].clamp_min(0).unsqueeze(2)).squeeze(2)
+            assert (chosen >= best - 2 * tolerance)[found].all()
+
+
+@each_backend
 @pytest.mark.parametrize("channels", [4, 140])
 @pytest.mark.parametrize("kind", RANKS)
 def test_equal_similarities_take_the_lowest_position(backend: Backend, kind: str, channels: int) -> None:

@@ -13,6 +13,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def allow_tf32() -> bool:
+    """Whether torch lets products of float32 tensors round their factors to tf32 on a GPU."""
+    return bool(torch.backends.cuda.matmul.allow_tf32)
+
+
 def check_floating(name: str, value: object, shape: str) -> None:
     """``value`` is a tensor of a supported dtype with as many dimensions as ``shape`` names, e.g. ``"[B, H, N]"``."""
     if not isinstance(value, Tensor):

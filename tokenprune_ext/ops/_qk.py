@@ -28,11 +28,6 @@ def check_qk(q: object, k: object, scale: float) -> None:
         raise ValueError(f"scale must be finite, got {scale}")
 
 
-def allow_tf32() -> bool:
-    """Whether torch lets products of float32 tensors round their factors to tf32 on a GPU."""
-    return bool(torch.backends.cuda.matmul.allow_tf32)
-
-
 def logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """``q k^T * scale`` in the dtype of sums, ``[B, H, N, N]``."""
     dtype = accumulate_dtype(q.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenprune_ext.checks import check_choice, check_int
 
-from ._check import check_floating
+from ._check import allow_tf32, check_floating
 from ._cosine import check_metric, take_rows, unit_vectors
 from ._define import define
 
@@ -58,7 +58,12 @@ def _groups(metric: Tensor, scores: Tensor | None, num_prefix: int, partition: s
 
 
 def reference(
-    metric: Tensor, scores: Tensor | None, r: int, num_prefix: int = 0, partition: str = "alternate"
+    metric: Tensor,
+    scores: Tensor | None,
+    r: int,
+    num_prefix: int = 0,
+    partition: str = "alternate",
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator in plain torch, by way of all similarities between the groups."""
     _check(metric, scores, r, num_prefix, partition)
@@ -77,7 +82,12 @@ def reference(
 
 
 def _fake(
-    metric: Tensor, scores: Tensor | None, r: int, num_prefix: int = 0, partition: str = "alternate"
+    metric: Tensor,
+    scores: Tensor | None,
+    r: int,
+    num_prefix: int = 0,
+    partition: str = "alternate",
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(metric, scores, r, num_prefix, partition)
     batch, tokens, _ = metric.shape
@@ -95,7 +105,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
 
 _op = define(
     "bipartite_match(Tensor metric, Tensor? scores, int r, int num_prefix=0, "
-    'str partition="alternate") -> (Tensor, Tensor, Tensor)',
+    'str partition="alternate", bool allow_tf32=False) -> (Tensor, Tensor, Tensor)',
     reference=reference,
     fake=_fake,
     setup_context=_setup_context,
@@ -112,6 +122,7 @@ def bipartite_match(
     similarities: the lower position wins, among partners and among pairs. Each image is decided on its own. A zero
     vector has similarity 0 to everything. A token of B with NaN, an infinity or a norm beyond the range of the sums'
     dtype is matched by none; a token of A that finds no partner comes after all others, and then gets the first of B.
+    On a GPU, products of float32 tensors use tf32 when ``torch.backends.cuda.matmul.allow_tf32`` is set; norms do not.
 
     Args:
         metric: what is compared, e.g. keys, ``[B, N, D]``; float16, bfloat16, float32 or float64.
@@ -135,4 +146,4 @@ def bipartite_match(
     Source: ToMe (ICLR 2023), section 3 (``alternate``); Zero-TPrune (CVPR 2024), section 3.3 (the others).
     """
     _check(metric, scores, r, num_prefix, partition)
-    return _op(metric, scores, r, num_prefix, partition)
+    return _op(metric, scores, r, num_prefix, partition, allow_tf32())

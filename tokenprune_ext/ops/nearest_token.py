@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenprune_ext.checks import check_int
 
-from ._check import accumulate_dtype
+from ._check import accumulate_dtype, allow_tf32
 from ._cosine import MIN_NORM, check_metric, take_rows, unit_vectors
 from ._define import define
 
@@ -29,7 +29,7 @@ def _check(metric: Tensor, rank: Tensor, num_prefix: int) -> None:
     check_int("num_prefix", num_prefix, 0, metric.shape[1], "the number of tokens")
 
 
-def reference(metric: Tensor, rank: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
+def reference(metric: Tensor, rank: Tensor, num_prefix: int = 0, allow_tf32: bool = False) -> tuple[Tensor, Tensor]:
     """The operator in plain torch, by way of all similarities [B, N, N]."""
     _check(metric, rank, num_prefix)
     unit, _ = unit_vectors(metric)
@@ -41,7 +41,7 @@ def reference(metric: Tensor, rank: Tensor, num_prefix: int = 0) -> tuple[Tensor
     return torch.where(found, best, -1.0), torch.where(found, index, -1)
 
 
-def _fake(metric: Tensor, rank: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor]:
+def _fake(metric: Tensor, rank: Tensor, num_prefix: int = 0, allow_tf32: bool = False) -> tuple[Tensor, Tensor]:
     _check(metric, rank, num_prefix)
     shape = tuple(metric.shape[:2])
     return metric.new_empty(shape, dtype=accumulate_dtype(metric.dtype)), metric.new_empty(shape, dtype=torch.int64)
@@ -62,7 +62,7 @@ def _sum_rows(rows: Tensor, index: Tensor) -> Tensor:
     return torch.zeros_like(rows).index_put((batch, index), rows, accumulate=True)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
     metric, index = ctx.saved_tensors
     unit, norm = unit_vectors(metric)
     finite = norm.isfinite()
@@ -73,11 +73,11 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
     # Through x / norm only what is perpendicular to x changes the direction; a clamped norm is a constant.
     along = torch.where(norm > MIN_NORM, (grad_unit * unit).sum(-1, keepdim=True), 0)
     grad_metric = torch.where(finite, (grad_unit - along * unit) / norm.clamp_min(MIN_NORM), 0)
-    return grad_metric.to(metric.dtype), None, None
+    return grad_metric.to(metric.dtype), None, None, None
 
 
 _op = define(
-    "nearest_token(Tensor metric, Tensor rank, int num_prefix=0) -> (Tensor, Tensor)",
+    "nearest_token(Tensor metric, Tensor rank, int num_prefix=0, bool allow_tf32=False) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
     setup_context=_setup_context,
@@ -94,7 +94,8 @@ def nearest_token(metric: Tensor, rank: Tensor, num_prefix: int = 0) -> tuple[Te
     Equal similarities: the lower position wins. A zero vector has similarity 0 to everything. A token with NaN, an
     infinity or a norm beyond the range of the sums' dtype is nobody's candidate and has none. The similarity has a
     gradient, through the chosen pair; rank has none. Where two candidates are equally similar up to rounding, devices
-    may choose differently.
+    may choose differently. On a GPU, products of float32 tensors use tf32 when
+    ``torch.backends.cuda.matmul.allow_tf32`` is set; norms do not.
 
     Args:
         metric: what is compared, e.g. keys or tokens, ``[B, N, D]``; float16, bfloat16, float32 or float64.
@@ -112,4 +113,4 @@ def nearest_token(metric: Tensor, rank: Tensor, num_prefix: int = 0) -> tuple[Te
     Source: ToMe (ICLR 2023), section 3; Zero-TPrune (CVPR 2024), section 3.3.
     """
     _check(metric, rank, num_prefix)
-    return _op(metric, rank, num_prefix)
+    return _op(metric, rank, num_prefix, allow_tf32())

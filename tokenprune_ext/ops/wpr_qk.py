@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ._check import accumulate_dtype
+from ._check import accumulate_dtype, allow_tf32
 from ._define import define
-from ._qk import allow_tf32, check_qk, probabilities, qk_gradients
+from ._qk import check_qk, probabilities, qk_gradients
 from .wpr import check_iteration, wpr_gradient
 from .wpr import reference as wpr_reference
 

@@ -157,20 +157,17 @@ cudaError_t launch_match(const NearestTokenParams& params, const NearestWorkspac
 
 }  // namespace nearest
 
-template <typename value_t, typename acc_t>
-cudaError_t launch_nearest(const NearestTokenParams& params, bool allow_tf32, const value_t* metric,
-                           const int64_t* rank, const NearestWorkspace<value_t, acc_t>& sorted, acc_t* similarity,
-                           int64_t* index, cudaStream_t stream) {
+template <bool kTf32, typename value_t, typename acc_t>
+cudaError_t launch_nearest(const NearestTokenParams& params, const value_t* metric, const int64_t* rank,
+                           const NearestWorkspace<value_t, acc_t>& sorted, acc_t* similarity, int64_t* index,
+                           cudaStream_t stream) {
   if (params.batch == 0) return cudaSuccess;
   const int64_t rows = params.batch * params.tokens;
   const cudaError_t error =
       launch(nearest::sort_kernel<value_t, acc_t>, static_cast<unsigned>(ceil_div<int64_t>(rows, nearest::kSortWarps)),
              nearest::kSortThreads, 0, stream, params, metric, rank, sorted, similarity, index);
   if (error != cudaSuccess || params.patches() == 0) return error;
-  if constexpr (sizeof(value_t) == sizeof(float)) {
-    if (allow_tf32) return nearest::launch_match<true>(params, sorted, similarity, index, stream);
-  }
-  return nearest::launch_match<false>(params, sorted, similarity, index, stream);
+  return nearest::launch_match<kTf32>(params, sorted, similarity, index, stream);
 }
 
 }  // namespace tokenprune
