@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from .adapter import HostAdapter, Projected, attend
+from .adapter import HostAdapter, Projected
 from .context import AttentionContext, Reduced
 from .host import Host
 from .sources import record
@@ -24,6 +24,8 @@ class TokenMethod(Protocol):
     def where(self) -> Literal["attention", "block"]: ...
 
     def reduce(self, ctx: AttentionContext, keep: int) -> Reduced: ...
+
+    def min_keep(self, entering: int) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,13 @@ class PrunedBlock(nn.Module):
         """Tokens ``[B, N, C]`` or a state in, fewer of them out.
 
         Raises:
-            ValueError: a mask was given, or the number of tokens is not the one the schedule was made for.
+            ValueError: a mask was given, the number of tokens is not the one the schedule was made for, or the block
+                is checkpointed with reentrant autograd.
         """
         plan = self._tokenprune_plan
         call = plan.adapter.call_arguments(*args, **kwargs)
+        if isinstance(x, tuple) and not isinstance(x, TokenState):
+            raise ValueError("a pruned model is checkpointed with use_reentrant=False: the other kind loses gradients")
         state = x if isinstance(x, TokenState) else TokenState(x)
         keep = _keep_count(plan, state.x.shape[1])
         state = _run(plan, self, state, keep, call)
@@ -87,10 +92,9 @@ def pruned_class(dense: type[nn.Module]) -> type[PrunedBlock]:
     return _classes[dense]
 
 
-def dense_class(pruned: type) -> type[nn.Module]:
-    """The class a patched block had before."""
-    dense: type[nn.Module] = pruned.__bases__[1]
-    return dense
+def dense_class(kind: type) -> type[nn.Module]:
+    """The class a patched block had before; that of any other module is its own."""
+    return kind.__bases__[1] if issubclass(kind, PrunedBlock) else kind
 
 
 def _new(dense: type[nn.Module]) -> nn.Module:
@@ -104,7 +108,7 @@ def _keep_count(plan: BlockPlan, tokens: int) -> int:
     if patches == plan.num_patches:
         return plan.keep
     if plan.host.dynamic and patches > 0:
-        return max(1, plan.keep * patches // plan.num_patches)
+        return min(patches, max(plan.method.min_keep(patches), plan.keep * patches // plan.num_patches))
     prefix = plan.host.num_prefix_tokens
     height, width = plan.host.input_size
     raise ValueError(
@@ -120,7 +124,7 @@ def _run(plan: BlockPlan, block: nn.Module, state: TokenState, keep: int, call: 
     queries = x.shape[1] if plan.queries is None else plan.queries
     prunes = plan.queries is None and keep < x.shape[1] - prefix
     projected = adapter.project(block, x, queries, state.position, **call)
-    heads = attend(projected, state.bias)
+    heads = adapter.attend(block, projected, state.bias)
     state = state._replace(x=adapter.add_attention(block, x[:, :queries], heads))
     if prunes and plan.method.where == "attention":
         state = _reduce(plan, state, projected, keep)
@@ -152,7 +156,7 @@ def _reduce(plan: BlockPlan, state: TokenState, projected: Projected, keep: int)
         x=reduced.x,
         size=reduced.size,
         bias=log_size(reduced.size, projected.q.dtype) if reduced.bias and reduced.size is not None else None,
-        position=_positions(state.position, reduced, host) if host.positional else None,
+        position=_positions(state.position, reduced, host, context.num_patches) if host.positional else None,
     )
 
 
@@ -160,18 +164,18 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return second if first is None else first if second is None else first + second
 
 
-def _positions(position: Tensor | None, reduced: Reduced, host: Host) -> Tensor:
-    """Where the tokens that leave are on the grid; a fused token is at the centre of those it stands for."""
+def _positions(position: Tensor | None, reduced: Reduced, host: Host, patches: int) -> Tensor:
+    """Where the tokens that leave are; a fused token is at the place of the middle one of those it stands for.
+
+    That needs no width of the grid, which differs from image to image on a ``dynamic`` host, and unlike the centre it
+    is the place of one of them.
+    """
     kept = reduced.kept - host.num_prefix_tokens
     if position is None:
-        position = torch.arange(host.num_patches, device=kept.device).expand(kept.shape[0], -1)
+        position = torch.arange(patches, device=kept.device).expand(kept.shape[0], -1)
     staying = position.gather(1, kept)
     if not reduced.fused:
         return staying
-    columns = host.grid[1]
-    count = position.shape[1] - kept.shape[1]
-    row, column = (
-        ((of(position).sum(1, keepdim=True) - of(staying).sum(1, keepdim=True)).double() / count).round().long()
-        for of in (lambda place: place // columns, lambda place: place % columns)
-    )
-    return torch.cat([staying, row * columns + column], 1)
+    gone = torch.ones_like(position).scatter(1, kept, 0)
+    middle = (gone.cumsum(1) <= (patches - kept.shape[1] - 1) // 2).sum(1, keepdim=True)
+    return torch.cat([staying, position.gather(1, middle)], 1)
