@@ -1,7 +1,20 @@
 """How pruning gets into a model: what a method sees of a block, and the families of models that can be patched."""
 
-from . import timm_vit as _timm_vit  # registers its family
-from .adapter import HostAdapter, Projected, adapter_of, attend, register_host
+from . import timm_beit as _timm_beit  # registers its family, as do the next
+from . import timm_eva as _timm_eva
+from . import timm_vit as _timm_vit
+from . import transformers_vit as _transformers_vit
+from .adapter import (
+    HostAdapter,
+    Parts,
+    Projected,
+    adapter_of,
+    attend,
+    check_parts,
+    register_host,
+    split_heads,
+    unsupported,
+)
 from .block import BlockPlan, PrunedBlock
 from .context import AttentionContext, Reduced
 from .grid import restore
@@ -14,6 +27,7 @@ __all__ = [
     "BlockPlan",
     "Host",
     "HostAdapter",
+    "Parts",
     "Projected",
     "PrunedBlock",
     "Reduced",
@@ -21,11 +35,14 @@ __all__ = [
     "UnsupportedModelError",
     "adapter_of",
     "attend",
+    "check_parts",
     "inspect_host",
     "install",
     "record_of",
     "register_host",
     "restore",
+    "split_heads",
     "uninstall",
+    "unsupported",
 ]
-del _timm_vit
+del _timm_beit, _timm_eva, _timm_vit, _transformers_vit

@@ -43,7 +43,7 @@ class HostAdapter(ABC):
     With ``x`` the residual stream ``[B, N, C]``, a block is::
 
         p = project(block, x, queries=N)                        # norm, q, k, v
-        x = add_attention(block, x, attention(p))               # output projection, residual
+        x = add_attention(block, x, attend(block, p))           # attention, output projection, residual
         x = add_mlp(block, x)                                   # norm, MLP, residual
 
     and must compute what the model's own block computes, bit for bit where it can. Tokens leave between the last two
@@ -104,6 +104,16 @@ class HostAdapter(ABC):
     def add_mlp(self, block: Any, x: Tensor) -> Tensor:
         """The residual stream ``[B, N, C]`` with the MLP's output added."""
 
+    def attend(self, block: Any, p: Projected, bias: Tensor | None) -> Tensor:
+        """Output of every head, ``[B, H, Q, d]``. Default: torch's fused attention, or as timm computes it without.
+
+        Args:
+            block: one of :meth:`blocks`.
+            p: what :meth:`project` returned.
+            bias: added to the logits on top of ``p.bias``, ``[B, 1, 1, N]``; None for nothing.
+        """
+        return attend(p, bias)
+
     def call_arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What the model hands to a block beside the tokens, checked, as keywords of :meth:`project`. Default: nothing.
 
@@ -130,6 +140,11 @@ def attend(p: Projected, bias: Tensor | None) -> Tensor:
     return torch.dropout(weights, p.dropout, train=p.dropout > 0) @ p.v
 
 
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """``[B, N, heads * d]`` -> ``[B, heads, N, d]``."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
 AdapterClass = TypeVar("AdapterClass", bound=type[HostAdapter])
 _adapters: list[HostAdapter] = []
 
@@ -149,9 +164,18 @@ def adapter_of(model: nn.Module) -> HostAdapter:
     for adapter in _adapters:
         if adapter.matches(model):
             return adapter
-    hint = "; patch the model before torch.compile wraps it" if hasattr(model, "_orig_mod") else ""
     known = "; ".join(adapter.supported for adapter in reversed(_adapters))
-    raise UnsupportedModelError(f"{kind_of(model)} is not supported{hint}. Supported: {known}")
+    raise UnsupportedModelError(f"{kind_of(model)} is not supported{_hint(model)}. Supported: {known}")
+
+
+def _hint(model: nn.Module) -> str:
+    """What to do instead with a model that is not supported itself."""
+    if hasattr(model, "_orig_mod"):
+        return "; patch the model before torch.compile wraps it"
+    for name, part in model.named_modules():
+        if any(adapter.matches(part) for adapter in _adapters):
+            return f", but its {name} is: patch that, if nothing behind it needs the full grid of patches"
+    return ""
 
 
 def kind_of(module: object) -> str:
@@ -159,28 +183,34 @@ def kind_of(module: object) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def check_parts(
-    name: str,
-    module: nn.Module,
-    needed: AbstractSet[str],
-    optional: AbstractSet[str] = frozenset(),
-    own: AbstractSet[str] = frozenset(),
-) -> None:
+class Parts(NamedTuple):
+    """What an adapter knows of a kind of module.
+
+    Attributes:
+        needed: submodules it must have.
+        optional: submodules it may have.
+        own: parameters and buffers it may have itself.
+    """
+
+    needed: AbstractSet[str]
+    optional: AbstractSet[str] = frozenset()
+    own: AbstractSet[str] = frozenset()
+
+
+def check_parts(name: str, module: nn.Module, known: Parts) -> None:
     """Whatever an adapter does not know of could change the result and must not be left out silently.
 
     Args:
         name: where the module is in the model, for the message.
         module: what to look at.
-        needed: submodules it must have.
-        optional: submodules it may have.
-        own: parameters and buffers it may have itself.
+        known: what it may consist of.
 
     Raises:
         UnsupportedModelError: another part is there, one is missing, or ``forward`` was replaced on the instance.
     """
     parts = {part for part, child in module._modules.items() if child is not None}
     tensors = {part for part, value in (*module._parameters.items(), *module._buffers.items()) if value is not None}
-    unknown, missing = (parts - needed - optional) | (tensors - own), needed - parts
+    unknown, missing = (parts - known.needed - known.optional) | (tensors - known.own), known.needed - parts
     if unknown or missing:
         raise unsupported(name, f"unknown parts {sorted(unknown)}, missing parts {sorted(missing)}")
     if "forward" in vars(module):

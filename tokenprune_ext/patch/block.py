@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from .adapter import HostAdapter, Projected, attend
+from .adapter import HostAdapter, Projected
 from .context import AttentionContext, Reduced
 from .host import Host
 from .mixin import Mixin
@@ -66,10 +66,13 @@ class PrunedBlock(Mixin):
         """Tokens ``[B, N, C]`` or a state in, fewer of them out.
 
         Raises:
-            ValueError: a mask was given, or the number of tokens is not the one the schedule was made for.
+            ValueError: a mask was given, the number of tokens is not the one the schedule was made for, or the block
+                is checkpointed with reentrant autograd.
         """
         plan = self._tokenprune_plan
         call = plan.adapter.call_arguments(*args, **kwargs)
+        if isinstance(x, tuple) and not isinstance(x, TokenState):
+            raise ValueError("a pruned model is checkpointed with use_reentrant=False: the other kind loses gradients")
         state = x if isinstance(x, TokenState) else TokenState(x)
         keep = _keep_count(plan, state.x.shape[1])
         state = _run(plan, self, state, keep, call)
@@ -99,7 +102,7 @@ def _run(plan: BlockPlan, block: nn.Module, state: TokenState, keep: int, call: 
     queries = x.shape[1] if plan.queries is None or state.source is not None else plan.queries
     prunes = plan.queries is None and keep < x.shape[1] - prefix
     projected = adapter.project(block, x, queries, state.position, **call)
-    heads = attend(projected, state.bias)
+    heads = adapter.attend(block, projected, state.bias)
     state = state._replace(x=adapter.add_attention(block, x[:, :queries], heads))
     if prunes and plan.method.where == "attention":
         state = _reduce(plan, state, projected, keep)
@@ -134,7 +137,7 @@ def _reduce(plan: BlockPlan, state: TokenState, projected: Projected, keep: int)
         x=reduced.x,
         size=reduced.size,
         bias=log_size(reduced.size, projected.q.dtype) if reduced.bias and reduced.size is not None else None,
-        position=_positions(state.position, reduced, host) if host.positional else None,
+        position=_positions(state.position, reduced, host, context.num_patches) if host.positional else None,
         source=source,
     )
 
@@ -143,18 +146,18 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return second if first is None else first if second is None else first + second
 
 
-def _positions(position: Tensor | None, reduced: Reduced, host: Host) -> Tensor:
-    """Where the tokens that leave are on the grid; a fused token is at the centre of those it stands for."""
+def _positions(position: Tensor | None, reduced: Reduced, host: Host, patches: int) -> Tensor:
+    """Where the tokens that leave are; a fused token is at the place of the middle one of those it stands for.
+
+    That needs no width of the grid, which differs from image to image on a ``dynamic`` host, and unlike the centre it
+    is the place of one of them.
+    """
     kept = reduced.kept - host.num_prefix_tokens
     if position is None:
-        position = torch.arange(host.num_patches, device=kept.device).expand(kept.shape[0], -1)
+        position = torch.arange(patches, device=kept.device).expand(kept.shape[0], -1)
     staying = position.gather(1, kept)
     if not reduced.fused:
         return staying
-    columns = host.grid[1]
-    count = position.shape[1] - kept.shape[1]
-    row, column = (
-        ((of(position).sum(1, keepdim=True) - of(staying).sum(1, keepdim=True)).double() / count).round().long()
-        for of in (lambda place: place // columns, lambda place: place % columns)
-    )
-    return torch.cat([staying, row * columns + column], 1)
+    gone = torch.ones_like(position).scatter(1, kept, 0)
+    middle = (gone.cumsum(1) <= (patches - kept.shape[1] - 1) // 2).sum(1, keepdim=True)
+    return torch.cat([staying, position.gather(1, middle)], 1)

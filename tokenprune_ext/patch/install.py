@@ -9,7 +9,7 @@ from torch import nn
 
 from .adapter import adapter_of, unsupported
 from .block import PLAN, BlockPlan, PrunedBlock
-from .host import Host
+from .host import Host, UnsupportedModelError
 from .mixin import dense_class, mixed_class
 
 _RECORD = "_tokenprune_record"
@@ -22,11 +22,14 @@ def inspect_host(model: nn.Module) -> Host:
         UnsupportedModelError: it is not; the message names the part that is unknown.
     """
     adapter = adapter_of(model)
-    if record_of(model) is None:
-        for name in (*adapter.dense_only, *vars(adapter.mixin or object)):
-            if name in vars(model):
-                raise unsupported(name, "a function set on this instance by other software")
-    return adapter.inspect(model)
+    try:
+        if record_of(model) is None:
+            for name in (*adapter.dense_only, *vars(adapter.mixin or object)):
+                if name in vars(model):
+                    raise unsupported(name, "a function set on this instance by other software")
+        return adapter.inspect(model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{error}. Supported: {adapter.supported}") from None
 
 
 def install(model: nn.Module, plans: Mapping[int, BlockPlan], record: object) -> None:

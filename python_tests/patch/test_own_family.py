@@ -1,0 +1,99 @@
+"""A user's own model with the adapter from CONTRIBUTING.md, word for word."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from host_models import PRUNING, snapshot
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from tokenprune_ext import methods
+from tokenprune_ext.patch import BlockPlan, UnsupportedModelError, adapter, adapter_of, inspect_host, install
+from tokenprune_ext.prune import apply, describe, remove, trace
+
+GUIDE = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
+
+
+class MyBlock(nn.Module):
+    def __init__(self, channels=32, heads=4):
+        super().__init__()
+        self.heads, self.scale = heads, 0.3
+        self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.q, self.k, self.v, self.proj = (nn.Linear(channels, channels) for _ in range(4))
+        self.mlp = nn.Sequential(nn.Linear(channels, 64), nn.GELU(), nn.Linear(64, channels))
+
+    def forward(self, x):
+        y = self.norm1(x)
+        q, k, v = (part(y).unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = scaled_dot_product_attention(q, k, v, scale=self.scale)
+        x = self.proj(y.transpose(1, 2).flatten(2)) + x
+        return self.mlp(self.norm2(x)) + x
+
+
+class MyViT(nn.Module):
+    channels = 32
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, self.channels, 16, 16)
+        self.class_token = nn.Parameter(torch.randn(1, 1, self.channels))
+        self.places = nn.Parameter(torch.randn(1, 17, self.channels))
+        self.layers = nn.ModuleList(MyBlock() for _ in range(4))
+        self.head = nn.Linear(self.channels, 10)
+
+    def forward(self, images):
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.places
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x[:, 0])
+
+
+@pytest.fixture
+def model(monkeypatch):
+    if not GUIDE.exists():
+        pytest.skip("no source tree")
+    monkeypatch.setattr(adapter, "_adapters", list(adapter._adapters))  # the registration ends with the test
+    section = GUIDE.read_text("utf-8").split("## Add a family of models")[1]
+    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], {"MyViT": MyViT})
+    torch.manual_seed(0)
+    return MyViT().eval()
+
+
+@pytest.mark.parametrize("method", PRUNING)
+def test_every_method(model, method):
+    images = torch.randn(2, 3, 64, 64)
+    before, dense = snapshot(model), model(images)
+    assert apply(model, method, keep=0.7) is model
+    pruned = trace(model, images)
+    assert pruned.sources
+    assert pruned.output.isfinite().all()
+    assert not torch.equal(pruned.output, dense)
+    assert describe(model).blocks_macs < describe(model).dense_blocks_macs
+    remove(model)
+    assert torch.equal(model(images), dense)
+    assert snapshot(model) == before
+
+
+def test_a_budget(model):
+    apply(model, "peaks", macs=0.7)
+    report = describe(model)
+    assert 0.6 < (report.blocks_macs + report.scoring_macs) / report.dense_blocks_macs <= 0.7
+
+
+def test_blocks_that_prune_nothing_are_identical(model):
+    images = torch.randn(2, 3, 64, 64)
+    dense = model(images)
+    host = inspect_host(model)
+    plan = [BlockPlan(adapter_of(model), host, methods.create("topk"), layer, 16, 16) for layer in range(host.depth)]
+    install(model, dict(enumerate(plan)), "record")
+    assert torch.equal(model(images), dense)
+
+
+def test_without_the_adapter_it_is_refused():
+    with pytest.raises(UnsupportedModelError, match=r"MyViT is not supported\. Supported: timm Vision"):
+        apply(MyViT(), "topk", keep=0.5)
