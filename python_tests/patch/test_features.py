@@ -299,3 +299,19 @@ def test_what_does_not_work_says_so():
     for cut in (model.prune_intermediate_layers, lambda: FeatureGetterNet(model)):
         with pytest.raises(ValueError, match=r"before tokenprune_ext\.apply, or give FeatureGetterNet prune=False"):
             cut()
+
+
+@pytest.mark.parametrize("name", ["eva02", "beit"])
+def test_rotary_and_biased_families(name):
+    """Every block taken apart gives the dense maps bit for bit; a pruned model gives maps of the same shapes."""
+    model = make_host(name)
+    images = images_for(model)
+    dense = model.forward_intermediates(images)
+    patch_everywhere(model)
+    assert same(model.forward_intermediates(images), dense)
+    apply(remove(model), "topk", layers=[1], keep=0.5)
+    tokens, maps = model.forward_intermediates(images)
+    assert tokens.shape[1] < dense[0].shape[1]
+    assert [part.shape for part in maps] == [part.shape for part in dense[1]]
+    assert torch.equal(maps[0], dense[1][0])
+    assert not torch.equal(maps[1], dense[1][1])

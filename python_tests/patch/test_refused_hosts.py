@@ -112,15 +112,3 @@ def test_masks(name):
     for mask in ({"attn_mask": torch.zeros(17, 17)}, {"is_causal": True}):
         with pytest.raises(ValueError, match="attn_mask and is_causal do not work on a pruned model"):
             model(images, **mask)
-
-
-@pytest.mark.parametrize("name", ["eva02", "beit"])
-def test_dense_features(name):
-    model = make_host(name)
-    images = torch.randn(2, 3, *model.patch_embed.img_size)
-    dense = model.forward_intermediates(images)[0]
-    apply(model, "topk", layers=[1], keep=0.5)
-    for function in (model.forward_intermediates, model.prune_intermediate_layers):
-        with pytest.raises(ValueError, match="full grid of patches"):
-            function(images)
-    assert model.forward_features(images).shape[1] < dense.shape[1]
