@@ -12,6 +12,7 @@ from tokenprune_ext import cli_values as values
 from tokenprune_ext.cli_values import FILE
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
+METHODS = "auto,tome,zero_tprune,evit,pomt,topk,random"  # what is compared unless one says otherwise
 
 
 @click.command()
@@ -26,7 +27,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 )
 @click.option("--labels", type=FILE, help="Names of the classes in the model's order, one per line.")
 @click.option("--unlabelled", is_flag=True, help="Ignore labels; compare with the dense model only.")
-@click.option("--methods", default="zero_tprune,pomt,topk,random", help="name[:option=value...], separated by commas.")
+@click.option("--methods", default=METHODS, help="name[:option=value...], separated by commas.")
 @click.option(
     "--budgets",
     type=values.Numbers(0, 1),
@@ -138,7 +139,6 @@ def demo(ctx: click.Context, /, output: Path, count: int, latency_budget: float)
     """Compare on the small model and the generated images that come with the package."""
     with values.explained():
         from tokenprune_ext import demo as embedded
-        from tokenprune_ext import methods
         from tokenprune_ext.data import preprocessing
 
         model = embedded.load_model()
@@ -150,7 +150,7 @@ def demo(ctx: click.Context, /, output: Path, count: int, latency_budget: float)
             embedded.DemoImages(count, seed=1),
             transform,
             data_config=config,
-            methods={name: methods.create(name) for name in methods.available()},
+            methods=values.parse_methods(METHODS),
             batch_size=min(count, 32),
             latency_budget_s=latency_budget,
             class_names=embedded.CLASSES,
