@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -19,9 +20,8 @@ REDUCTIONS = ("drop", "mean", "weighted", "sum", "merge")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("patches", "prefix"), GEOMETRIES)
 @pytest.mark.parametrize("sizes", [False, True])
-@pytest.mark.parametrize("name", ["topk", "evit"])
-def test_topk_and_evit_scores(name, kind, patches, prefix, sizes):
-    check_scores(methods.create(name), context(kind, patches, prefix, sizes=sizes), topk_scores)
+def test_topk_scores(kind, patches, prefix, sizes):
+    check_scores(methods.create("topk"), context(kind, patches, prefix, sizes=sizes), topk_scores)
 
 
 def test_topk_without_class_token_but_with_registers():
@@ -30,22 +30,20 @@ def test_topk_without_class_token_but_with_registers():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("patches", "prefix"), GEOMETRIES)
-@pytest.mark.parametrize("feature", ["v", "k", "q"])
-@pytest.mark.parametrize("head_reduce", ["max", "mean", "sum"])
-def test_pomt_scores(kind, patches, prefix, feature, head_reduce):
-    method = methods.create("pomt", feature=feature, head_reduce=head_reduce)
-    check_scores(method, context(kind, patches, prefix), lambda image: pomt_scores(image, feature, head_reduce))
+def test_pomt_scores(kind, patches, prefix):
+    ctx = context(kind, patches, prefix)
+    for feature, how in itertools.product(("v", "k", "q"), ("max", "mean", "sum")):
+        method = methods.create("pomt", feature=feature, head_reduce=how)
+        check_scores(method, ctx, lambda image: pomt_scores(image, feature, how))  # noqa: B023
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("patches", "prefix"), GEOMETRIES)
 @pytest.mark.parametrize("sizes", [False, True])
-@pytest.mark.parametrize("source", ["class", "received", "wpr", "norm"])
-def test_peaks_scores(kind, patches, prefix, sizes, source):
-    if source == "class" and not prefix:
-        pytest.skip("no class token")
+def test_peaks_scores(kind, patches, prefix, sizes):
     ctx = context(kind, patches, prefix, sizes=sizes)
-    for exponent, value_length in ((0.5, False), (1.0, True)):
+    sources = ("class", "received", "wpr", "norm") if prefix else ("received", "wpr", "norm")
+    for source, (exponent, value_length) in itertools.product(sources, ((0.5, False), (1.0, True))):
         method = methods.create("peaks", importance=source, exponent=exponent, value_length=value_length)
         check_scores(method, ctx, lambda image: peaks_scores(image, source, exponent, value_length))  # noqa: B023
 
@@ -112,11 +110,15 @@ def test_defaults(name, reduction):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_one_dominant_token_in_low_precision(reduction, dtype):
-    """All attention goes to one token: the others' scores underflow, and still a finite token stands for them."""
+@pytest.mark.parametrize("strength", [1, 12])
+def test_one_dominant_token_in_low_precision(reduction, dtype, strength):
+    """All attention goes to one token: the others' scores are tiny or 0, and still a finite token stands for them."""
     exact = context("dominant", prefix=1)
     ctx = dataclasses.replace(exact, **{name: getattr(exact, name).to(dtype) for name in ("x", "q", "k", "v")})
-    reduced = methods.create("evit", reduction=reduction).reduce(ctx, 4)
+    ctx = dataclasses.replace(ctx, k=ctx.k * strength)
+    method = methods.create("evit", reduction=reduction)
+    assert (method.scores(ctx)[:, 1:].eq(0).sum(1) == (0 if strength == 1 else 9)).all()
+    reduced = method.reduce(ctx, 4)
     assert reduced.x.isfinite().all()
     if reduction == "weighted":  # a mean lies among what it is a mean of
         assert (reduced.x[:, -1] <= ctx.x[:, 1:].amax(1)).all()
