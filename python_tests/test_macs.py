@@ -98,7 +98,7 @@ def test_scoring_by_hand():
         "pomt": product,
         "ats": 2 * row,
         "tome": 98 * 98 * 64,
-        "peaks": 196**2 * width + row + merging,
+        "peaks": 196 * 195 // 2 * width + 2 * row + merging,  # every pair once, attention, length of values
         # one product and one reading for I', pairs of keys of one head, the same and 30 readings for I
         "zero_tprune": product + n**2 * heads + 98 * 98 * 64 + 187**2 * width + 30 * 187**2 * heads,
     }

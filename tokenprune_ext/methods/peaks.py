@@ -80,7 +80,9 @@ class Peaks(ScoredMethod):
         width = cost.heads * cost.head_dim
         attention = {"class": tokens, "received": tokens**2, "wpr": (1 + _WPR_ITERS) * tokens**2, "norm": 0}
         pairs = patches * (patches - 1) // 2
-        return pairs * cost.channels + attention[self._source(host.has_class_token)] * width
+        source = self._source(host.has_class_token)
+        lengths = tokens if self.value_length and source != "norm" else 0
+        return pairs * cost.channels + (attention[source] + lengths) * width
 
     def _source(self, has_class_token: bool) -> str:
         return self.importance if self.importance != "auto" else "class" if has_class_token else "received"
