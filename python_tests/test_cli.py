@@ -293,5 +293,5 @@ def test_help_and_version(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tokenprune_ext.cli", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)  # not the sources of a checkout
     assert done.returncode == 0
-    assert all(command in done.stdout for command in ("compare", "demo", "describe", "schedule", "info"))
+    assert all(command in done.stdout for command in ("compare", "demo", "describe", "schedule", "info", "visualize"))
     assert run("--version").exit_code == 0

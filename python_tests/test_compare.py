@@ -17,7 +17,6 @@ from tokenprune_ext.compare import DENSE, CompareError, Comparison, compare, sha
 from tokenprune_ext.data import batches, preprocessing
 from tokenprune_ext.evaluate import evaluate
 from tokenprune_ext.prune import apply, describe, schedule_of
-from tokenprune_ext.report.pictures import DROPPED, FUSED
 from tokenprune_ext.schedule import Schedule
 
 CLASSES = 5
@@ -179,11 +178,10 @@ def test_pictures_show_what_the_schedule_keeps(model: nn.Module) -> None:
             keep = rows[progression.variant].schedule["keep"]
             for stage in progression.stages:
                 counts = stage.counts
-                tokens = counts["kept"] + (1 if counts["fused"] else 0)
-                assert tokens == keep[stage.block]
-                assert sum(counts.values()) == stage.states.size == 16
-        assert all((stage.states != FUSED).all() for stage in topk.stages)
-        assert all((stage.states != DROPPED).all() for stage in pomt.stages)
+                assert stage.tokens == counts["kept"] + (1 if counts["merged"] else 0) == keep[stage.block]
+                assert sum(counts.values()) == stage.source.size == 16
+        assert all(stage.counts["merged"] == 0 for stage in topk.stages)
+        assert all(stage.counts["dropped"] == 0 for stage in pomt.stages)
 
 
 def test_everything_measured_goes_into_json(model: nn.Module) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from rich.console import Console
 
@@ -21,7 +20,7 @@ from tokenprune_ext.compare import Comparison, Macs, Row
 from tokenprune_ext.evaluate import Accuracy
 from tokenprune_ext.latency import Latency
 from tokenprune_ext.report import plots, render_html, write_report
-from tokenprune_ext.report.pictures import DROPPED, FUSED, KEPT, Picture, Progression, Stage, draw, patch_states
+from tokenprune_ext.report.pictures import Picture, Progression, Stage
 from tokenprune_ext.report.table import COLUMNS, print_table
 
 
@@ -41,13 +40,13 @@ def make_comparison(**options: bool) -> Comparison:
         make_row("topk 60 %", "topk", 0.6, **options),
         make_row("pomt 80 %", "pomt", 0.8, **options),
     )
-    states = np.array([[KEPT, DROPPED], [FUSED, FUSED]], dtype=np.uint8)
+    stage = Stage(2, np.array([[0, -1], [1, 1]]), np.array([[True, False], [False, True]]))
     picture = Picture(
         name="<img>.png",
         label="class 3" if options.get("labelled", True) else None,
         prediction="class 4",
         pixels=np.full((8, 8, 3), 200, dtype=np.uint8),
-        progressions=(Progression("topk 60 %", "class 3", (Stage(2, states),)),),
+        progressions=(Progression("topk 60 %", "class 3", (stage,)),),
     )
     preprocessing = {"input_size": (3, 8, 8), "interpolation": "bicubic", "crop_pct": 1.0}
     timed = options.get("timed", True)
@@ -58,30 +57,10 @@ def make_comparison(**options: bool) -> Comparison:
     return Comparison("vit_small", settings, environment, rows, ("a note",), (picture,))
 
 
-def test_patch_states_by_hand() -> None:
-    source = torch.tensor([[0, -1, 1, 2, 2, -1], [0, 0, 0, -1, 1, 2], [-1, -1, 0, 1, 2, 3]])
-    assert patch_states(source).tolist() == [
-        [KEPT, DROPPED, KEPT, FUSED, FUSED, DROPPED],
-        [FUSED, FUSED, FUSED, DROPPED, KEPT, KEPT],
-        [DROPPED, DROPPED, KEPT, KEPT, KEPT, KEPT],
-    ]
-
-
-def test_drawing_keeps_kept_patches_and_darkens_dropped_ones() -> None:
-    pixels = np.random.default_rng(0).integers(60, 256, (8, 12, 3)).astype(np.uint8)
-    states = np.array([[KEPT, DROPPED, FUSED], [DROPPED, FUSED, KEPT]])
-    shown = draw(pixels, states)
-    assert (shown[:4, :4] == pixels[:4, :4]).all()
-    assert (shown[4:, 8:] == pixels[4:, 8:]).all()
-    for dropped in (np.s_[:4, 4:8], np.s_[4:, :4]):
-        assert shown[dropped].mean() < 0.5 * pixels[dropped].mean()
-    for fused in (np.s_[:4, 8:], np.s_[4:, 4:8]):
-        excess = shown[fused].astype(float) - 0.4 * pixels[fused]
-        assert excess[..., 0].mean() > excess[..., 1].mean() > excess[..., 2].mean()
-
-
 def test_counts_of_a_stage() -> None:
-    assert make_comparison().pictures[0].progressions[0].stages[0].counts == {"kept": 1, "fused": 2, "dropped": 1}
+    stage = make_comparison().pictures[0].progressions[0].stages[0]
+    assert stage.counts == {"kept": 1, "merged": 2, "dropped": 1}
+    assert stage.tokens == 2
 
 
 def test_table_shows_every_figure() -> None:
@@ -163,12 +142,12 @@ def test_html_is_whole_and_needs_no_other_file() -> None:
     assert page.open == []
     assert all(link.startswith("data:image/") for link in page.links)
     assert len(page.links) == 4  # two plots, the image, one stage
-    assert not re.search(r"(https?:)?//(?!www\.w3\.org)[a-z]", html.replace("base64,", ""))
+    assert not re.search(r"(https?:)?//(?!www\.w3\.org)[a-z]", re.sub(r'"data:[^"]*"', "", html))
     assert page.cells == [column.text(row) for row in comparison.rows for column in COLUMNS]
     with Image.open(io.BytesIO(decode(page.links[3]))) as stage:
         assert stage.format == "JPEG"
-        assert stage.size == (8, 8)
-    for shown in ("a note", "A &lt;CPU&gt;", "&lt;img&gt;.png", "&#39;a &amp; b&#39;", "1 kept, 2 fused, 1 dropped"):
+        assert stage.size == (280, 280)
+    for shown in ("a note", "A &lt;CPU&gt;", "&lt;img&gt;.png", "&#39;a &amp; b&#39;", "1 kept, 2 merged, 1 dropped"):
         assert shown in html
     assert "<img>.png" not in html
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tokenprune_ext import __version__, cli_compare
+from tokenprune_ext import __version__, cli_compare, cli_visualize
 from tokenprune_ext import cli_values as values
 from tokenprune_ext.cli_values import FILE
 
@@ -29,29 +29,10 @@ def main() -> None:
     """Prune tokens of pretrained vision transformers and see what it costs and what it gains."""
 
 
-def _pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    options = (
-        click.option("--method", help="name[:option=value...]"),
-        click.option(
-            "--layers", type=values.Layers(), help="0-based blocks that prune, like 3,6,9.  [default: the method's]"
-        ),
-        click.option(
-            "--keep", type=values.Keep(), help="Ratio or count kept, one or one per layer: 0.7 or 150,110,80."
-        ),
-        click.option(
-            "--macs",
-            type=click.FloatRange(0, 1, min_open=True),
-            help="Share of the blocks' MACs to keep, scoring charged.",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 @main.command()
 @values.model_options
-@_pruning_options
+@click.option("--method", help="name[:option=value...]")
+@values.pruning_options
 @click.option("--schedule", type=FILE, help="Schedule file instead of --method.")
 def describe(model_name: str, img_size: int | None, method: str | None, schedule: Path | None, **how: Any) -> None:
     """Tokens and MACs of every block, of the dense model or as it is pruned."""
@@ -77,7 +58,8 @@ def describe(model_name: str, img_size: int | None, method: str | None, schedule
 
 @main.command()
 @values.model_options
-@_pruning_options
+@click.option("--method", help="name[:option=value...]")
+@values.pruning_options
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Schedule file to write."
 )
@@ -122,6 +104,7 @@ def info(as_json: bool) -> None:
 
 main.add_command(cli_compare.compare)
 main.add_command(cli_compare.demo)
+main.add_command(cli_visualize.visualize)
 
 if __name__ == "__main__":
     main()

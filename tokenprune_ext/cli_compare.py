@@ -35,16 +35,7 @@ METHODS = "auto,tome,zero_tprune,evit,pomt,topk,random"  # what is compared unle
     help="Shares of the blocks' MACs to keep, scoring charged.",
 )
 @click.option("--schedule", "schedules", type=FILE, multiple=True, help="Schedule file as a further row; repeatable.")
-@click.option("--mean", type=values.Numbers(), help="Normalisation, one or three numbers.  [default: the model's]")
-@click.option("--std", type=values.Numbers(), help="Normalisation, one or three numbers.  [default: the model's]")
-@click.option(
-    "--interpolation", type=click.Choice(["nearest", "bilinear", "bicubic", "lanczos"]), help="[default: the model's]"
-)
-@click.option(
-    "--crop-pct",
-    type=click.FloatRange(0, 1, min_open=True),
-    help="Centre crop over resized side.  [default: the model's]",
-)
+@values.preprocess_options
 @click.option("--batch-size", type=click.IntRange(1), default=32)
 @click.option("--limit", type=click.IntRange(1), help="At most so many images, balanced over the classes.")
 @click.option(
@@ -120,7 +111,7 @@ def compare(
             data_config=config,
             methods=chosen,
             budgets=budgets,
-            schedules=_load_schedules(schedules),
+            schedules=values.load_schedules(schedules),
             batch_size=batch_size,
             workers=workers,
             device=device,
@@ -169,7 +160,7 @@ def _compare(command: str, output: Path, *args: Any, device: Any = None, **optio
         output.mkdir(parents=True, exist_ok=True)  # before minutes of work
     console = values.console()
     with Progress(console=console, transient=True) as progress:
-        comparison = run(*args, device=device or _default_device(), progress=progress, **options)
+        comparison = run(*args, device=device or values.default_device(), progress=progress, **options)
     env, settings = comparison.environment, comparison.settings
     title = (
         f"{comparison.model}, {settings['images']} images, {env['device']}, {settings['dtype'].split()[0]}, "
@@ -181,20 +172,6 @@ def _compare(command: str, output: Path, *args: Any, device: Any = None, **optio
     with values.usage_error(OSError, prefix="cannot write the report: "):
         for path in write_report(comparison, output, command):
             click.echo(f"wrote {path}")
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _load_schedules(paths: tuple[Path, ...]) -> dict[str, Any]:
-    """Schedules by the names of their files, which label their rows."""
-    found = {path.stem: values.load_schedule(path) for path in paths}
-    if len(found) < len(paths):
-        raise click.UsageError("two --schedule files have the same name, and it labels their rows: rename one")
-    return found
 
 
 def _num_classes(model: Any) -> int:

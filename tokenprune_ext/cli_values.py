@@ -111,6 +111,59 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--model", "model_name", required=True, help="Any timm model name.")(command)
 
 
+def preprocess_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How images become inputs: keywords of `data.preprocessing`."""
+    return _with_options(
+        command,
+        click.option("--mean", type=Numbers(), help="Normalisation, one or three numbers.  [default: the model's]"),
+        click.option("--std", type=Numbers(), help="Normalisation, one or three numbers.  [default: the model's]"),
+        click.option(
+            "--interpolation",
+            type=click.Choice(["nearest", "bilinear", "bicubic", "lanczos"]),
+            help="[default: the model's]",
+        ),
+        click.option(
+            "--crop-pct",
+            type=click.FloatRange(0, 1, min_open=True),
+            help="Centre crop over resized side.  [default: the model's]",
+        ),
+    )
+
+
+def pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where and how much is pruned: keywords of `prune.apply`."""
+    return _with_options(
+        command,
+        click.option("--layers", type=Layers(), help="0-based blocks that prune, like 3,6,9.  [default: the method's]"),
+        click.option("--keep", type=Keep(), help="Ratio or count kept, one or one per layer: 0.7 or 150,110,80."),
+        click.option(
+            "--macs",
+            type=click.FloatRange(0, 1, min_open=True),
+            help="Share of the blocks' MACs to keep, scoring charged.",
+        ),
+    )
+
+
+def _with_options(command: Callable[..., Any], *options: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def load_schedules(paths: tuple[Path, ...]) -> dict[str, Any]:
+    """Schedules by the names of their files."""
+    found = {path.stem: load_schedule(path) for path in paths}
+    if len(found) < len(paths):
+        raise click.UsageError("two --schedule files have the same name, which is their label: rename one")
+    return found
+
+
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_schedule(path: Path) -> Any:
     from tokenprune_ext.schedule import Schedule
 

@@ -106,6 +106,39 @@ def load_images(
     return images
 
 
+def load_pictures(
+    paths: Sequence[Path], num_classes: int, *, class_names: Sequence[str] | None = None, limit: int, seed: int
+) -> ImageFiles:
+    """Image files, all of them, and at most `limit` images of every folder or list, see `load_images`.
+
+    Raises:
+        DataError: as `load_images`.
+    """
+    files: list[Path] = []
+    labels: list[int] = []
+    names = None if class_names is None else tuple(class_names)
+    for path in paths:
+        part = ImageFiles((path,))
+        if not (path.is_file() and _is_image(path)):
+            part = load_images(path, num_classes, class_names=class_names, unlabelled=not num_classes)
+            part = part.choose(limit, seed)
+        files += part.files
+        labels += part.labels or [NO_LABEL] * len(part)
+        names = names or part.class_names
+    return ImageFiles(tuple(files), tuple(labels), names)
+
+
+def shown_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...] | None:
+    """Names of classes for people: ImageNet's words for its WordNet ids, and for 1000 classes without names."""
+    if num_classes == 1000:
+        from timm.data.imagenet_info import ImageNetInfo
+
+        info = ImageNetInfo("imagenet-1k")
+        if names is None or tuple(names) == tuple(info.label_names()):
+            return tuple(words.split(",")[0] for words in info.label_descriptions())
+    return None if names is None else tuple(names)
+
+
 def read_class_names(path: str | Path) -> tuple[str, ...]:
     """Class names from a text file, one per line, in the order of the model's classes."""
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenprune_ext.compare import Comparison
@@ -35,9 +35,28 @@ def write_report(comparison: Comparison, folder: str | Path, command: str) -> tu
 
 def render_html(comparison: Comparison, command: str) -> str:
     """The HTML report as a string; everything it shows is inside it."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+    from tokenprune_ext.report import figures, panels, pictures, plots, table
 
-    from tokenprune_ext.report import pictures, plots, table
+    def draw(picture: pictures.Picture, stage: pictures.Stage) -> str:
+        cell = panels.cell_size(stage.source.shape, 280)  # twice what the page shows, for dense screens
+        return pictures.data_uri(panels.draw_tokens(picture.pixels, stage.source, cell))
+
+    return render(
+        "template.html.j2",
+        comparison=comparison,
+        command=command,
+        columns=table.COLUMNS,
+        macs_plot=plots.plot_macs(comparison.rows),
+        speedup_plot=plots.plot_speedup(comparison.rows),
+        draw=draw,
+        data_uri=pictures.data_uri,
+        spread=figures.spread,
+    )
+
+
+def render(template: str, **context: Any) -> str:
+    """A template of this folder, filled in."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
         loader=PackageLoader("tokenprune_ext", "report"),
@@ -46,12 +65,4 @@ def render_html(comparison: Comparison, command: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("template.html.j2").render(
-        comparison=comparison,
-        command=command,
-        columns=table.COLUMNS,
-        macs_plot=plots.plot_macs(comparison.rows),
-        speedup_plot=plots.plot_speedup(comparison.rows),
-        draw=lambda image, stage: pictures.data_uri(pictures.draw(image, stage.states)),
-        data_uri=pictures.data_uri,
-    )
+    return environment.get_template(template).render(**context)

@@ -1,4 +1,4 @@
-"""Pictures of the patches a pruned model keeps: dropped ones darkened, fused ones tinted."""
+"""What pruned models do to the patches of a few images, layer by layer, ready to be drawn."""
 
 from __future__ import annotations
 
@@ -12,44 +12,58 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tokenprune_ext.prune import trace
+from tokenprune_ext.patch import Host, inspect_host
+from tokenprune_ext.prune import Trace, trace
 
-DROPPED, KEPT, FUSED = 0, 1, 2
-# Weight of the image and colour added, by state: what is not kept recedes, also in dark and in bright images.
-_LOOK = {DROPPED: (0.18, (16, 22, 46)), KEPT: (1.0, (0, 0, 0)), FUSED: (0.4, (112, 62, 0))}
+from .panels import Array, Pixels
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What stands for each patch after one pruning layer: `states` [rows, columns] of DROPPED, KEPT or FUSED."""
+    """One image behind one pruning layer; arrays are [rows, columns] of patches.
+
+    Attributes:
+        block: 0-based index of the layer.
+        source: the token that stands for each patch, int64; -1 for none.
+        kept: whether the patch's own token is left, bool.
+        scores: what the layer ranked the patch's token by, NaN for nothing; None when the method does not rank.
+    """
 
     block: int
-    states: np.ndarray
+    source: Array
+    kept: Array
+    scores: Array | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Patch tokens that are left."""
+        return len(np.unique(self.source[self.source >= 0]))
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of patches by state."""
-        values = {"kept": KEPT, "fused": FUSED, "dropped": DROPPED}
-        return {name: int((self.states == value).sum()) for name, value in values.items()}
+        """Number of patches by what became of them: kept alone, in one token with others, or dropped."""
+        _, sizes = np.unique(self.source[self.source >= 0], return_counts=True)
+        alone = int((sizes == 1).sum())
+        return {"kept": alone, "merged": int(sizes.sum()) - alone, "dropped": int((self.source < 0).sum())}
 
 
 @dataclass(frozen=True)
 class Progression:
-    """One variant on one image, layer by layer."""
+    """One variant on one image, layer by layer; no prediction from a model without a classifier."""
 
     variant: str
-    prediction: str
+    prediction: str | None
     stages: tuple[Stage, ...]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One image (uint8 [H, W, 3], as the model sees it) and what every variant keeps of it."""
+    """One image (as the model sees it) and what every variant keeps of it."""
 
     name: str
     label: str | None
-    prediction: str
-    pixels: np.ndarray
+    prediction: str | None
+    pixels: Pixels
     progressions: tuple[Progression, ...]
 
 
@@ -75,27 +89,29 @@ def take_pictures(
         class_names: names of the classes in order, or None.
         mean, std: the normalisation to undo, per channel.
     """
+    classifies = bool(getattr(dense, "num_classes", 0))
 
     def named(index: int) -> str:
         return f"class {index}" if class_names is None else class_names[index]
 
+    def best(output: Tensor) -> list[str | None]:
+        return [named(index) for index in output.argmax(1).tolist()] if classifies else [None] * len(names)
+
     with torch.inference_mode():
-        dense_best = dense(images).argmax(dim=1).tolist()
+        predictions = best(dense(images))
         traces = {name: trace(model, images) for name, model in variants.items()}
-    grid = _grid(dense, images)
+    grid = _grid(inspect_host(dense), images)
     progressions: list[list[Progression]] = [[] for _ in names]
     for variant, traced in traces.items():
-        best = traced.output.argmax(dim=1).tolist()
-        states = {block: patch_states(source).cpu().numpy() for block, source in sorted(traced.sources.items())}
-        for i, own in enumerate(progressions):
-            stages = tuple(Stage(block, state[i].reshape(grid)) for block, state in states.items())
-            own.append(Progression(variant, named(best[i]), stages))
+        stages = _stages(traced, grid)
+        for own, prediction, image in zip(progressions, best(traced.output), range(len(names)), strict=True):
+            own.append(Progression(variant, prediction, tuple(layer[image] for layer in stages)))
     pixels = _denormalise(images, mean, std)
     return tuple(
         Picture(
             name=names[i],
             label=named(labels[i]) if labels[i] >= 0 else None,
-            prediction=named(dense_best[i]),
+            prediction=predictions[i],
             pixels=pixels[i],
             progressions=tuple(progressions[i]),
         )
@@ -103,46 +119,37 @@ def take_pictures(
     )
 
 
-def patch_states(source: Tensor) -> Tensor:
-    """State of every patch, uint8 [B, patches], from the positions of the tokens that stand for them.
-
-    Args:
-        source: int64 [B, patches]; -1 for a patch for which no token stands.
-    """
-    lost = source < 0
-    position = source.masked_fill(lost, 0)
-    members = torch.zeros_like(source).scatter_add_(1, position, (~lost).to(source.dtype))
-    shared = members.gather(1, position) > 1
-    states = torch.where(shared, FUSED, KEPT).masked_fill(lost, DROPPED)
-    return states.to(torch.uint8)
-
-
-def draw(pixels: np.ndarray, states: np.ndarray) -> np.ndarray:
-    """The image (uint8 [H, W, 3]) with every patch shown by its state [rows, columns]."""
-    height, width = pixels.shape[:2]
-    rows = np.arange(height) * states.shape[0] // height
-    columns = np.arange(width) * states.shape[1] // width
-    state = states[rows][:, columns][..., None]
-    shown = np.zeros(pixels.shape, dtype=np.float32)
-    for value, (weight, colour) in _LOOK.items():
-        shown = np.where(state == value, weight * pixels + np.array(colour, dtype=np.float32), shown)
-    return shown.round().astype(np.uint8)
-
-
-def data_uri(pixels: np.ndarray) -> str:
+def data_uri(pixels: Pixels) -> str:
     """A uint8 image [H, W, 3] as a JPEG in a data: URI."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=88, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _grid(model: nn.Module, images: Tensor) -> tuple[int, int]:
-    """Rows and columns of patches."""
-    rows, columns = model.patch_embed.dynamic_feat_size(images.shape[2:])  # type: ignore[operator, union-attr]
-    return int(rows), int(columns)
+def _grid(host: Host, images: Tensor) -> tuple[int, int]:
+    """Rows and columns of patches; images may be of another size than the host's own."""
+    rows, columns = (
+        -(-side * count // own) for side, count, own in zip(images.shape[2:], host.grid, host.input_size, strict=True)
+    )
+    return rows, columns
 
 
-def _denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+def _stages(traced: Trace, grid: tuple[int, int]) -> list[list[Stage]]:
+    """Per pruning layer one stage an image."""
+
+    def arrays(maps: Mapping[int, Tensor], layer: int) -> Array:
+        found = maps[layer]  # NumPy has no bfloat16
+        return (found.double() if found.is_floating_point() else found).cpu().numpy().reshape(-1, *grid)
+
+    found = []
+    for layer in sorted(traced.sources):
+        source, kept = arrays(traced.sources, layer), arrays(traced.kept, layer)
+        scores = arrays(traced.scores, layer) if layer in traced.scores else [None] * len(source)
+        found.append([Stage(layer, *parts) for parts in zip(source, kept, scores, strict=True)])
+    return found
+
+
+def _denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Pixels:
     shape = (1, 3, 1, 1)
     scale = torch.tensor(std, dtype=torch.float32).view(shape)
     shift = torch.tensor(mean, dtype=torch.float32).view(shape)

@@ -72,7 +72,7 @@ def _plot(rows: Sequence[Row], x: Callable[[Row], float], x_label: str, *, inver
                 yerr=errors if any(errors) else None,
                 label=method,
                 color=_COLOURS[number % len(_COLOURS)],
-                marker=_MARKERS[number % len(_MARKERS)],
+                marker=_MARKERS[(number + number // len(_COLOURS)) % len(_MARKERS)],  # no pair comes twice
                 markersize=6,
                 linewidth=1.6,
                 capsize=2.5,
