@@ -144,20 +144,6 @@ def test_fused_token_is_the_mean_of_its_patches():
         torch.testing.assert_close(inputs[0][image, -1], fused.mean(0))
 
 
-def test_ats_counts_what_each_image_kept():
-    """Padding stands for no patch; the others are as many as the source map says."""
-    model = apply(make_host("vit"), "ats", layers=[1, 2], keep=[8, 6])
-    images = images_for(model, batch=4)
-    states = []
-    model.blocks[2].register_forward_hook(lambda *args: states.append(args[2]))
-    sources = trace(model, images).sources
-    counts = [[len(set(row.tolist()) - {-1}) for row in sources[layer]] for layer in (1, 2)]
-    assert states[0].x.shape == (4, 7, 32)
-    assert states[0].size[:, 1:].sum(1).tolist() == counts[1]
-    assert all(1 <= after <= before <= 8 for before, after in zip(*counts, strict=True))
-    assert min(counts[1]) < 6  # there is padding
-
-
 def test_nothing_is_recorded_outside_a_trace():
     model = apply(make_host("vit"), "topk", keep=0.5)
     images = images_for(model)
