@@ -113,5 +113,7 @@ def merge_others(ctx: AttentionContext, kept: Tensor, dropped: Tensor, proportio
 
 def merge_into(ctx: AttentionContext, kept: Tensor, dropped: Tensor, into: Tensor, proportional: bool) -> Reduced:
     """Merge the tokens at ``dropped`` ``[B, R]`` into those that ``into`` ``[B, N]`` names for them."""
-    x, size = ops.merge_tokens(ctx.x, ctx.size, kept, dropped, into.gather(1, dropped), ctx.num_prefix)
+    match = into.gather(1, dropped)
+    match = torch.where(match < 0, dropped, match)  # a token with NaN has no partner and goes nowhere
+    x, size = ops.merge_tokens(ctx.x, ctx.size, kept, dropped, match, ctx.num_prefix)
     return Reduced(x, kept, size=size, into=lambda: into, bias=proportional)
