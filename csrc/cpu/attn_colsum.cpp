@@ -1,11 +1,11 @@
 #include "../ops/attn_colsum.h"
 
 #include <algorithm>
-#include <limits>
 #include <string>
 #include <vector>
 
 #include "column_sums.h"
+#include "head_reduce.h"
 
 namespace tokenprune {
 namespace {
@@ -22,8 +22,7 @@ template <bool kMax, typename value_t, typename acc_t>
 TOKENPRUNE_MULTIVERSION void sum_rows(const value_t* __restrict__ entries, int64_t head_stride, int64_t heads,
                                       int64_t rows, int64_t n, acc_t* __restrict__ sums, acc_t* __restrict__ out) {
   constexpr int64_t kWidth = kStrip<acc_t>;
-  constexpr acc_t kNothing = kMax ? -std::numeric_limits<acc_t>::infinity() : acc_t(0);
-  const auto join = [](acc_t reduced, acc_t value) { return kMax ? max_nan(reduced, value) : reduced + value; };
+  using Reduction = HeadReduction<kMax, acc_t>;
   const int64_t length = rows * n;
   int64_t column = 0;
   int64_t first = 0;
@@ -31,16 +30,18 @@ TOKENPRUNE_MULTIVERSION void sum_rows(const value_t* __restrict__ entries, int64
   for (; first + kWidth <= length; first += kWidth) {
     const value_t* from = entries + first;
     acc_t reduced[kWidth];
-    std::fill_n(reduced, kWidth, kNothing);
+    std::fill_n(reduced, kWidth, Reduction::kNothing);
     for (int64_t h = 0; h < heads; ++h, from += head_stride) {
-      for (int64_t i = 0; i < kWidth; ++i) reduced[i] = join(reduced[i], static_cast<acc_t>(from[i]));
+      for (int64_t i = 0; i < kWidth; ++i) reduced[i] = Reduction::join(reduced[i], static_cast<acc_t>(from[i]));
     }
     for (int64_t i = 0; i < kWidth; ++i) sums[column + i] += reduced[i];
     column = (column + kWidth) % n;
   }
   for (; first < length; ++first, ++column) {
-    acc_t reduced = kNothing;
-    for (int64_t h = 0; h < heads; ++h) reduced = join(reduced, static_cast<acc_t>(entries[h * head_stride + first]));
+    acc_t reduced = Reduction::kNothing;
+    for (int64_t h = 0; h < heads; ++h) {
+      reduced = Reduction::join(reduced, static_cast<acc_t>(entries[h * head_stride + first]));
+    }
     sums[column] += reduced;
   }
   std::copy_n(sums, n, out);

@@ -7,6 +7,7 @@
 
 #include "attention_rows.h"
 #include "column_sums.h"
+#include "head_reduce.h"
 
 namespace tokenprune {
 namespace {

@@ -49,13 +49,6 @@ const vectorizable_t<scalar_t>* vector_ptr(const Tensor& tensor) {
   return static_cast<const vectorizable_t<scalar_t>*>(tensor.data_ptr());
 }
 
-// The larger of two values; NaN wins, as in torch. In this form compilers make a maximum and a masked move of it.
-template <typename acc_t>
-inline acc_t max_nan(acc_t most, acc_t value) {
-  const acc_t larger = value > most ? value : most;
-  return value == value ? larger : value;
-}
-
 // The sum of term(0) .. term(n - 1), in sixteen parts, which the compiler keeps in registers. For multiversioned
 // functions, which have to inline it.
 template <typename acc_t, typename Term>

@@ -5,13 +5,14 @@
 
 #include "../stable.h"
 #include "attn_colsum_params.h"
+#include "head_reduce.h"
 
 namespace tokenprune {
 
 inline AttnColsumParams attn_colsum_params(int64_t batch, int64_t heads, int64_t tokens, const std::string& head_reduce,
                                            const std::string& query_rows, int64_t num_prefix) {
   STD_TORCH_CHECK(0 <= num_prefix && num_prefix <= tokens, "num_prefix must be in 0..", tokens, ", got ", num_prefix);
-  AttnColsumParams params{batch, heads, tokens, 0, tokens, num_prefix, HeadReduce::kMean};
+  AttnColsumParams params{batch, heads, tokens, 0, tokens, num_prefix, head_reduce_of(head_reduce)};
   if (query_rows == "patch") {
     params.row_begin = num_prefix;
   } else if (query_rows == "cls") {
@@ -19,13 +20,6 @@ inline AttnColsumParams attn_colsum_params(int64_t batch, int64_t heads, int64_t
     params.row_end = 1;
   } else {
     STD_TORCH_CHECK(query_rows == "all", "query_rows must be one of all, patch, cls, got '", query_rows, "'");
-  }
-  if (head_reduce == "max") {
-    params.head_reduce = HeadReduce::kMax;
-  } else if (head_reduce == "sum") {
-    params.head_reduce = HeadReduce::kSum;
-  } else {
-    STD_TORCH_CHECK(head_reduce == "mean", "head_reduce must be one of mean, max, sum, got '", head_reduce, "'");
   }
   return params;
 }

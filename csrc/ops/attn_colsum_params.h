@@ -2,9 +2,9 @@
 
 #include <cstdint>
 
-namespace tokenprune {
+#include "head_reduce_params.h"
 
-enum class HeadReduce { kMean, kMax, kSum };
+namespace tokenprune {
 
 // Sum over the query rows [row_begin, row_end) of the reduction over heads of A [batch, heads, tokens, tokens].
 struct AttnColsumParams {

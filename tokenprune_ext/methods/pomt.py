@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor
 
 from tokenprune_ext.checks import check_choice
@@ -61,12 +60,4 @@ class Pomt(ScoredMethod):
 
     def _feature_weight(self, ctx: AttentionContext) -> Tensor:
         """Softmax over all tokens of the channel sum of the head-reduced feature, ``[B, N]``."""
-        feature: Tensor = getattr(ctx, self.feature)
-        dtype = torch.promote_types(feature.dtype, torch.float32)
-        if self.head_reduce == "max":
-            reduced = feature.amax(dim=1).sum(dim=-1, dtype=dtype)
-        else:
-            reduced = feature.sum(dim=(1, 3), dtype=dtype)
-            if self.head_reduce == "mean":
-                reduced = reduced / feature.shape[1]
-        return reduced.softmax(dim=-1)
+        return ops.head_reduced_sum(getattr(ctx, self.feature), self.head_reduce).softmax(dim=-1)

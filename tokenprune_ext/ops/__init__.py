@@ -7,6 +7,7 @@ from .attn_colsum import attn_colsum
 from .attn_colsum_qk import attn_colsum_qk
 from .bipartite_match import bipartite_match
 from .head_aggregate import head_aggregate
+from .head_reduced_sum import head_reduced_sum
 from .merge_tokens import merge_tokens
 from .nearest_token import nearest_token
 from .topk_gather import topk_gather
@@ -18,6 +19,7 @@ __all__ = [
     "attn_colsum_qk",
     "bipartite_match",
     "head_aggregate",
+    "head_reduced_sum",
     "merge_tokens",
     "nearest_token",
     "topk_gather",

@@ -11,8 +11,8 @@ from tokenprune_ext.checks import check_choice, check_int
 
 from ._check import accumulate_dtype, check_attention
 from ._define import define
+from ._heads import HEAD_REDUCE, reduce_heads, reduce_heads_gradient
 
-HEAD_REDUCE = ("mean", "max", "sum")
 QUERY_ROWS = ("all", "patch", "cls")
 
 
@@ -36,10 +36,7 @@ def reference(attn: Tensor, head_reduce: str = "mean", query_rows: str = "all", 
     """The operator in plain torch."""
     _check(attn, head_reduce, query_rows, num_prefix)
     rows = _rows(attn, query_rows, num_prefix).to(accumulate_dtype(attn.dtype))
-    reduced = rows.amax(1) if head_reduce == "max" else rows.sum(1)
-    if head_reduce == "mean":
-        reduced = reduced / attn.shape[1]
-    received = reduced.sum(1)
+    received = reduce_heads(rows, head_reduce).sum(1)
     received[:, :num_prefix] = 0
     return received
 
@@ -62,17 +59,11 @@ def attn_colsum_gradient(
     """Gradient of the attention matrix ``[B, H, N, N]``; ``attn`` is needed for ``max`` only."""
     batch, tokens = grad.shape
     share = torch.where(torch.arange(tokens, device=grad.device) < num_prefix, 0.0, grad)[:, None, None, :]
-    if head_reduce == "max":
-        assert attn is not None
-        rows = _rows(attn, query_rows, num_prefix)
-        is_max = (rows == rows.amax(1, keepdim=True)).to(grad.dtype)
-        grad_rows = share * is_max / is_max.sum(1, keepdim=True)  # equal maxima share the gradient, as in torch.amax
-    else:
-        count = {"all": tokens, "patch": tokens - num_prefix, "cls": 1}[query_rows]
-        scale = 1.0 / heads if head_reduce == "mean" else 1.0
-        grad_rows = (share * scale).expand(batch, heads, count, tokens)
+    count = {"all": tokens, "patch": tokens - num_prefix, "cls": 1}[query_rows]
+    rows = None if attn is None else _rows(attn, query_rows, num_prefix)
+    grad_rows = reduce_heads_gradient(rows, share, head_reduce, heads).expand(batch, heads, count, tokens)
     above = num_prefix if query_rows == "patch" else 0
-    below = tokens - above - grad_rows.shape[2]
+    below = tokens - above - count
     return torch.nn.functional.pad(grad_rows, (0, 0, above, below))
 
 

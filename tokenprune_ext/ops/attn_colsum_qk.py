@@ -11,8 +11,9 @@ from tokenprune_ext.checks import check_choice, check_int
 
 from ._check import accumulate_dtype, allow_tf32
 from ._define import define
+from ._heads import HEAD_REDUCE
 from ._qk import check_qk, probabilities, qk_gradients
-from .attn_colsum import HEAD_REDUCE, QUERY_ROWS, attn_colsum_gradient
+from .attn_colsum import QUERY_ROWS, attn_colsum_gradient
 from .attn_colsum import reference as attn_colsum_reference
 
 

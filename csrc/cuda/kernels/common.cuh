@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "device.cuh"
 
@@ -72,6 +73,21 @@ __device__ inline acc_t column_total(const acc_t* partial, int column) {
 template <typename acc_t>
 __device__ inline acc_t max_nan(acc_t a, acc_t b) {
   return (a != a || a > b) ? a : b;
+}
+
+// What one lane moves at a time.
+template <typename value_t, int kCount>
+struct alignas(sizeof(value_t) * kCount) Pack {
+  value_t values[kCount];
+};
+
+// Whether rows can be moved 16 bytes at a time: the pointer, the channels, and every distance between rows, in numbers.
+template <typename value_t>
+bool can_copy_vectors(const value_t* data, std::initializer_list<int64_t> distances) {
+  constexpr int64_t kPerCopy = 16 / static_cast<int64_t>(sizeof(value_t));
+  bool aligned = reinterpret_cast<uint64_t>(data) % 16 == 0;
+  for (const int64_t distance : distances) aligned = aligned && distance % kPerCopy == 0;
+  return aligned;
 }
 
 // Shared memory for copy_to_shared(): `count` numbers, and room to begin where 16-byte copies are aligned.

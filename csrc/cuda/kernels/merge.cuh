@@ -11,12 +11,6 @@ namespace merge {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 
-// What one lane moves at a time.
-template <typename value_t, int kCount>
-struct alignas(sizeof(value_t) * kCount) Pack {
-  value_t values[kCount];
-};
-
 // Positions are data, and the host does not wait to see them: one outside of the image is not followed.
 __device__ inline bool inside(const MergeTokensParams& params, int64_t token) {
   return 0 <= token && token < params.tokens;

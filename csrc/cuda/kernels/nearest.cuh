@@ -149,7 +149,7 @@ template <bool kTf32, typename value_t, typename acc_t>
 cudaError_t launch_match(const NearestTokenParams& params, const NearestWorkspace<value_t, acc_t>& sorted,
                          acc_t* similarity, int64_t* index, cudaStream_t stream) {
   const int64_t tiles = ceil_div<int64_t>(params.patches(), tile::kRows);
-  const bool vectors = tile::can_copy_vectors(sorted.rows, {params.channels});
+  const bool vectors = can_copy_vectors(sorted.rows, {params.channels});
   return launch(match_kernel<value_t, acc_t, kTf32>, static_cast<unsigned>(params.batch * tiles), tile::kThreads,
                 tile::shared_bytes<value_t>(), stream, params, static_cast<int>(tiles), vectors, sorted, similarity,
                 index);

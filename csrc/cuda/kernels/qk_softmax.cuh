@@ -28,8 +28,8 @@ struct Operands {
 template <typename value_t>
 Operands<value_t> operands(const QkParams& p, const value_t* q, const value_t* k) {
   return {p, q, k,
-          tile::can_copy_vectors(q, {p.channels, p.q_batch_stride, p.q_head_stride, p.q_token_stride}) &&
-              tile::can_copy_vectors(k, {p.channels, p.k_batch_stride, p.k_head_stride, p.k_token_stride})};
+          can_copy_vectors(q, {p.channels, p.q_batch_stride, p.q_head_stride, p.q_token_stride}) &&
+              can_copy_vectors(k, {p.channels, p.k_batch_stride, p.k_head_stride, p.k_token_stride})};
 }
 
 __device__ inline float exponential(float x) { return fast_exp2(x * 1.44269504f); }

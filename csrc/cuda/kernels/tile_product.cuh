@@ -3,8 +3,6 @@
 // a time; each warp then owns 16 rows of the result and some of its columns, in registers.
 #pragma once
 
-#include <initializer_list>
-
 #include "common.cuh"
 
 namespace tokenprune {
@@ -61,16 +59,6 @@ constexpr int kStride = kChunk<value_t> + 16 / static_cast<int>(sizeof(value_t))
 template <typename value_t>
 constexpr int64_t shared_bytes() {
   return 2 * static_cast<int64_t>(kRows) * kStride<value_t> * static_cast<int64_t>(sizeof(value_t));
-}
-
-// Whether rows can be copied 16 bytes at a time: the pointer, the channels, and every distance between rows, in
-// numbers.
-template <typename value_t>
-bool can_copy_vectors(const value_t* data, std::initializer_list<int64_t> distances) {
-  constexpr int64_t kPerCopy = 16 / static_cast<int64_t>(sizeof(value_t));
-  bool aligned = reinterpret_cast<uint64_t>(data) % 16 == 0;
-  for (const int64_t distance : distances) aligned = aligned && distance % kPerCopy == 0;
-  return aligned;
 }
 
 // Rows first .. first + 63, channels begin .. begin + kChunk - 1, to shared memory; zeros beyond the last row, and up

@@ -1,0 +1,81 @@
+#include "../ops/head_reduced_sum.h"
+
+#include <algorithm>
+#include <string>
+#include <type_traits>
+
+#include "head_reduce.h"
+
+namespace tokenprune {
+namespace {
+
+constexpr int64_t kGrain = 64 * 1024;  // values a thread should have to reduce before another one is worth waking
+
+// out[t] = the sum over the channels of the reduction over heads, for `tokens` tokens of an image.
+template <bool kMax, typename value_t, typename acc_t>
+TOKENPRUNE_MULTIVERSION void sum_tokens(const HeadReducedSumParams& params, const value_t* __restrict__ features,
+                                        int64_t tokens, acc_t* __restrict__ out) {
+  using Reduction = HeadReduction<kMax, acc_t>;
+  constexpr int64_t kWidth = 32;  // channels at a time, in registers
+  const int64_t channels = params.channels;
+  const acc_t divisor = static_cast<acc_t>(params.divisor());
+  for (int64_t t = 0; t < tokens; ++t) {
+    const value_t* token = features + t * params.token_stride;
+    acc_t sums[kWidth] = {};
+    if (channels < kWidth) {
+      for (int64_t c = 0; c < channels; ++c) {
+        sums[c] = Reduction::kNothing;
+        for (int64_t h = 0; h < params.heads; ++h) {
+          sums[c] = Reduction::join(sums[c], static_cast<acc_t>(token[h * params.head_stride + c]));
+        }
+      }
+    } else {
+      for (int64_t c = 0; c < channels; c += kWidth) {
+        const int64_t first = std::min(c, channels - kWidth);  // the last ones overlap those before, which count once
+        const value_t* from = token + first;
+        acc_t reduced[kWidth];
+        std::fill_n(reduced, kWidth, Reduction::kNothing);
+        for (int64_t h = 0; h < params.heads; ++h, from += params.head_stride) {
+          for (int64_t i = 0; i < kWidth; ++i) reduced[i] = Reduction::join(reduced[i], static_cast<acc_t>(from[i]));
+        }
+        for (int64_t i = 0; i < kWidth; ++i) sums[i] += first + i < c ? acc_t(0) : reduced[i];
+      }
+    }
+#pragma GCC unroll 8
+    for (int64_t half = kWidth / 2; half > 0; half /= 2) {
+      for (int64_t i = 0; i < half; ++i) sums[i] += sums[half + i];
+    }
+    out[t] = sums[0] / divisor;
+  }
+}
+
+Tensor head_reduced_sum_cpu(Tensor features, std::string head_reduce) {
+  const HeadReducedSumParams params = check_head_reduced_sum(features, head_reduce);
+  const int64_t n = params.tokens;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (params.heads * params.channels));
+  Tensor out = torch::stable::new_empty(features, {params.batch, n}, accumulate_dtype(features));
+  TOKENPRUNE_DISPATCH(features.scalar_type(), "head_reduced_sum", [&] {
+    using acc_t = accumulate_t<scalar_t>;
+    const auto* values = vector_ptr<scalar_t>(features);
+    acc_t* sums = data_ptr<acc_t>(out);
+    const auto run = [&](auto max) {
+      torch::stable::parallel_for(0, params.batch * n, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end;) {  // image by image
+          const int64_t count = std::min(n - row % n, end - row);
+          sum_tokens<max()>(params, values + row / n * params.batch_stride + row % n * params.token_stride, count,
+                            sums + row);
+          row += count;
+        }
+      });
+    };
+    params.head_reduce == HeadReduce::kMax ? run(std::true_type()) : run(std::false_type());
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace tokenprune
+
+STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) {
+  m.impl("head_reduced_sum", TORCH_BOX(&tokenprune::head_reduced_sum_cpu));
+}

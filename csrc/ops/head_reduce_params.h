@@ -1,0 +1,7 @@
+#pragma once
+
+namespace tokenprune {
+
+enum class HeadReduce { kMean, kMax, kSum };
+
+}  // namespace tokenprune
