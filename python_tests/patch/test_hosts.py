@@ -13,6 +13,7 @@ from host_models import (
     BEIT,
     EVA,
     PRUNING,
+    checkpointed,
     images_for,
     logits,
     make_host,
@@ -126,13 +127,10 @@ def test_training_and_checkpointing(name, method):
     plain = gradients()
     assert all(part.grad is not None for block in adapter_of(model).blocks(model) for part in block.parameters())
     assert all(gradient.isfinite().all() for gradient in plain.values())
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable()
-    else:
-        model.set_grad_checkpointing()
-    checkpointed = gradients()
-    assert checkpointed.keys() == plain.keys()
-    for part, gradient in checkpointed.items():
+    checkpointed(model)
+    again = gradients()
+    assert again.keys() == plain.keys()
+    for part, gradient in again.items():
         torch.testing.assert_close(gradient, plain[part])
 
 

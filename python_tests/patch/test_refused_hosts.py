@@ -74,20 +74,23 @@ CHANGED = {
 }
 
 
+def on_meta(name):
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
 @pytest.mark.parametrize("name", OTHER_MODELS)
 def test_other_models(name):
-    with torch.device("meta"):
-        model = timm.create_model(name)
+    model = on_meta(name)
     with pytest.raises(UnsupportedModelError, match=rf"\.{OTHER_MODELS[name]} is not supported\. Supported: timm Vis"):
         apply(model, "topk", layers=[1], keep=0.5)
 
 
 @pytest.mark.parametrize("name", OTHER_BLOCKS)
 def test_other_blocks(name):
-    if not timm.is_model(name):
-        pytest.skip(f"this timm has no {name}")
-    with torch.device("meta"):
-        model = timm.create_model(name)
+    model = on_meta(name)
     if OTHER_BLOCKS[name] is None:
         apply(model, "topk", layers=[1], keep=0.5)
         return

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from host_models import images_for, logits, make_host, set_fused, snapshot, tokens_behind_blocks
+from host_models import checkpointed, images_for, logits, make_host, set_fused, snapshot, tokens_behind_blocks
 
 from tokenprune_ext.patch import UnsupportedModelError, adapter_of, inspect_host
 from tokenprune_ext.prune import apply, describe, remove
@@ -79,7 +79,7 @@ def test_training_with_labels():
 
 def test_checkpointing_reaches_the_pruned_blocks():
     model = apply(make_host("hf_vit"), "topk", layers=[1], keep=0.5).train()
-    model.activation_checkpointing_enable()
+    checkpointed(model, use_reentrant=False)
     seen = []
     for block in adapter_of(model).blocks(model):
         inner = block._gradient_checkpointing_func
@@ -90,7 +90,7 @@ def test_checkpointing_reaches_the_pruned_blocks():
 
 def test_reentrant_checkpointing():
     model = apply(make_host("hf_vit"), "topk", layers=[0, 1], keep=0.5).train()  # hands on plain tensors
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpointed(model, use_reentrant=True)
     logits(model, images_for(model).requires_grad_()).sum().backward()
     apply(model, "tome", layers=[0, 1], keep=0.7)
     with pytest.raises(ValueError, match="use_reentrant=False"):

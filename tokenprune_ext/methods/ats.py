@@ -37,7 +37,7 @@ class ATS(Method):
         if not host.has_class_token:
             raise ValueError(f"ats scores by the class token, and {host.model} has none")
         if host.head_tokens is None:
-            raise ValueError(f"ats pads with tokens that must not reach the classifier, and {host.model} averages all")
+            raise ValueError(f"ats pads with tokens that must not reach the classifier, and {host.model} reads all")
 
     @property
     def carries_size(self) -> bool:

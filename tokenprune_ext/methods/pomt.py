@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
+from tokenprune_ext import ops
 from tokenprune_ext.checks import check_choice
 from tokenprune_ext.patch.context import AttentionContext
 from tokenprune_ext.patch.host import Host

@@ -83,11 +83,11 @@ class AttentionContext:
         """The prefix tokens and the patch tokens at ``kept`` ``[B, K]``, of a tensor whose ``dim`` is the tokens."""
         prefix = torch.arange(self.num_prefix, device=kept.device).expand(kept.shape[0], -1)
         index = torch.cat([prefix, kept], 1)
-        shape = [index.shape[1] if axis == dim else 1 for axis in range(1, tensor.dim())]
-        sizes = [index.shape[1] if axis == dim else tensor.shape[axis] for axis in range(1, tensor.dim())]
-        # Not take_along_dim: in torch.export it fixes the batch size.
-        index = index.view(-1, *shape).expand(-1, *sizes)
-        return tensor.expand(index.shape[0], *tensor.shape[1:]).gather(dim, index)
+        tensor = tensor.expand(index.shape[0], *tensor.shape[1:])
+        shape, lengths = [1] * tensor.dim(), list(tensor.shape)
+        shape[0], shape[dim] = index.shape
+        lengths[dim] = -1
+        return tensor.gather(dim, index.view(shape).expand(lengths))  # take_along_dim fixes the batch in torch.export
 
     def restricted(self, kept: Tensor) -> AttentionContext:
         """The prefix tokens and the patch tokens at ``kept`` ``[B, K]`` alone, as if there were no others."""
