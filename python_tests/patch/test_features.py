@@ -14,7 +14,6 @@ import timm
 import torch
 from host_models import HOSTS, PRUNING, TINY, images_for, make_host, skip_unsuited, snapshot
 from timm.models._features import FeatureGetterNet
-from timm.models.vision_transformer import VisionTransformer
 
 from tokenprune_ext import methods
 from tokenprune_ext.patch import TokenState
@@ -23,7 +22,6 @@ from tokenprune_ext.prune import apply, remove, schedule_of, trace
 
 from .test_identity import patch_everywhere
 
-HAS_DICT = "output_dict" in inspect.signature(VisionTransformer.forward_intermediates).parameters
 FEW = ("vit", "siglip", "dinov2_reg4", "deit_distilled")
 
 
@@ -45,7 +43,7 @@ def grids_by_hand(model, images):
     prefix, outputs = model.num_prefix_tokens, []
     embedded = []
     hooks = [block.register_forward_hook(lambda *args: outputs.append(args[2])) for block in model.blocks]
-    hooks.append(model.norm_pre.register_forward_hook(lambda *args: embedded.append(args[2])))
+    hooks.append(model.blocks[0].register_forward_pre_hook(lambda *args: embedded.append(args[1][0])))
     sources = trace(model, images).sources
     for hook in hooks:
         hook.remove()
@@ -90,6 +88,7 @@ def test_nothing_pruned_is_the_dense_model(name):
     """With every argument, bit for bit, through the blocks taken apart."""
     model = make_host(name)
     images = images_for(model)
+    has_dict = "output_dict" in inspect.signature(model.forward_intermediates).parameters
     calls = [
         {"indices": indices, "norm": norm, "stop_early": early, **form}
         for indices in (None, 2, [0, -1], [1])
@@ -101,9 +100,12 @@ def test_nothing_pruned_is_the_dense_model(name):
             {"output_dict": True, "intermediates_only": True},
             {"intermediates_only": True, "return_prefix_tokens": True},
         )
-        if HAS_DICT or "output_dict" not in form
+        if has_dict or "output_dict" not in form
     ]
-    layers = [{"n": 2, "reshape": True}, {"n": [1, 2], "return_prefix_tokens": True, "norm": True}]
+    layers = hasattr(model, "get_intermediate_layers") * [
+        {"n": 2, "reshape": True},
+        {"n": [1, 2], "return_prefix_tokens": True, "norm": True},
+    ]
     dense = [model.forward_intermediates(images, **call) for call in calls]
     dense_layers = [model.get_intermediate_layers(images, **call) for call in layers]
     patch_everywhere(model)
@@ -296,6 +298,10 @@ def test_what_does_not_work_says_so():
         model.forward_intermediates(images, output_fmt="NHWC")
     with pytest.raises(ValueError, match="attn_mask and is_causal do not work on a pruned model"):
         model.forward_intermediates(images, attn_mask=torch.zeros(17, 17))
+    with pytest.raises(ValueError, match="attn_mask and is_causal do not work on a pruned model"):
+        model.forward_intermediates(images, is_causal=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'fill'"):
+        model.forward_intermediates(images, fill=0)
     for cut in (model.prune_intermediate_layers, lambda: FeatureGetterNet(model)):
         with pytest.raises(ValueError, match=r"before tokenprune_ext\.apply, or give FeatureGetterNet prune=False"):
             cut()

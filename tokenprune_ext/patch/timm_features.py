@@ -11,7 +11,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .block import BlockPlan, PrunedBlock
+from .block import PrunedBlock
 from .grid import full_grid
 from .mixin import Mixin
 from .state import TokenState
@@ -33,7 +33,8 @@ class FullGridFeatures(Mixin):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
-        **call: Any,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
     ) -> Any:
         """timm's ``forward_intermediates``: the same arguments, and results of the same shapes.
 
@@ -49,7 +50,9 @@ class FullGridFeatures(Mixin):
         model: Any = self
         prefix = model.num_prefix_tokens
         take, last = feature_take_indices(len(model.blocks), indices)
-        grids, state = _run_blocks(model, x, set(take), last if stop_early else len(model.blocks) - 1, call)
+        plan = next(block._tokenprune_plan for block in model.blocks if isinstance(block, PrunedBlock))
+        plan.adapter.call_arguments(attn_mask=attn_mask, is_causal=is_causal)  # refuses both
+        grids, state = _run_blocks(model, x, set(take), last if stop_early else len(model.blocks) - 1)
         if norm:
             grids = [model.norm(grid) for grid in grids]
         features = [grid[:, prefix:] for grid in grids]
@@ -73,13 +76,9 @@ class FullGridFeatures(Mixin):
         )
 
 
-def _run_blocks(
-    model: Any, images: Tensor, take: set[int], last: int, call: dict[str, Any]
-) -> tuple[list[Tensor], TokenState]:
+def _run_blocks(model: Any, images: Tensor, take: set[int], last: int) -> tuple[list[Tensor], TokenState]:
     """Run the blocks up to ``last``: all tokens ``[B, P + n0, C]`` behind those in ``take``, and the last state."""
-    plan: BlockPlan = next(block._tokenprune_plan for block in model.blocks if isinstance(block, PrunedBlock))
-    prefix = plan.host.num_prefix_tokens
-    plan.adapter.call_arguments(**call)
+    prefix = model.num_prefix_tokens
     tokens, calls = embed(model, images)
     latest = tokens[:, prefix:]  # of every patch, the value it had when it was last there
     places = torch.arange(latest.shape[1], device=latest.device)
