@@ -261,7 +261,7 @@ UNSUITED = {
         methods.ATS(),
         "ats scores by the class token, and vit_base_patch16_siglip_224 has none",
     ),
-    "ats, average pooling": (pools_all, methods.ATS(), "padding|averages all"),
+    "ats, average pooling": (pools_all, methods.ATS(), "padding|reads all"),
     "class token alone, average pooling": (
         pools_all,
         methods.Dense(class_token_only=True),
