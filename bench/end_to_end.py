@@ -31,6 +31,7 @@ MODELS = ("deit_small_patch16_224", "deit_base_patch16_224")
 BATCHES = (256, 1)
 MACS = 0.65
 EAGER = "eager"
+CLASS_TOKEN = "dense, class token only"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -45,7 +46,7 @@ class Setting:
 
 def pruned_models(dense: nn.Module) -> dict[str, nn.Module]:
     """Every registered method by name, on copies that share the dense model's weights."""
-    models = {"dense, class token only": apply(share(dense), methods.create("dense", class_token_only=True))}
+    models = {CLASS_TOKEN: apply(share(dense), methods.create("dense", class_token_only=True))}
     for name in methods.available():
         if name == "dense":
             continue

@@ -105,9 +105,8 @@ def test_end_to_end_on_a_tiny_model(whole: ModuleType, compiler: str) -> None:
     setting = whole.Setting("deit", 2, compiler)
     dense, *pruned = whole.end_to_end(make_host("deit"), setting, "cpu", torch.float32, budget_s=0.0)
     assert (dense["method"], dense["speedup"], dense["ideal"]) == ("dense", 1, 1)
-    assert {record["method"] for record in pruned} <= set(methods.available())
-    assert pruned
+    assert {record["method"] for record in pruned} == {whole.CLASS_TOKEN, *methods.available()} - {"dense"}
     for record in pruned:
         assert record["ideal"] > 1
         assert record["of_ideal"] == pytest.approx(record["speedup"] / record["ideal"])
-        assert record["blocks_macs_fraction"] <= whole.MACS
+        assert record["blocks_macs_fraction"] <= whole.MACS or record["method"] == whole.CLASS_TOKEN

@@ -18,11 +18,11 @@ SMALL_IMAGES = {**SMALL, "image_size": 32, "patch_size": 16}
 NAMES = ("hf_vit", "hf_dinov2_bare", "hf_dinov3_bare", "hf_clip", "hf_siglip_bare")
 
 
-def test_it_is_not_imported_for_others():
+def test_it_is_not_imported_for_others(tmp_path):
     code = "import sys, timm, tokenprune_ext, tokenprune_ext.prune as p\n"
     code += "p.apply(timm.create_model('vit_tiny_patch16_224', depth=2), 'topk', keep=0.5)\n"
     code += "assert not any(name.split('.')[0] == 'transformers' for name in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)  # not beside the sources
 
 
 @pytest.mark.parametrize("name", NAMES)
