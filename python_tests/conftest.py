@@ -1,8 +1,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
@@ -24,3 +28,19 @@ def bench() -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCH)
         yield BENCH
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """w.safetensors of a test_vit for 3 classes, and 8 images: all in images.tsv, one in one.tsv."""
+    folder = tmp_path_factory.mktemp("inputs")
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit", img_size=64, num_classes=3).state_dict(), folder / "w.safetensors")
+    (folder / "images").mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(8):
+        pixels = generator.integers(0, 256, (72, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+    (folder / "images.tsv").write_text("".join(f"{i}.png\t{i % 3}\n" for i in range(8)))
+    (folder / "one.tsv").write_text("images/3.png\t2\n")
+    return folder

@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 
 import click
-import numpy as np
 import pytest
 import timm
 import torch
 from click.testing import CliRunner, Result
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tokenprune_ext.cli import main
@@ -23,21 +21,6 @@ from tokenprune_ext.demo.model import WEIGHTS_PATH
 from tokenprune_ext.schedule import Schedule
 
 MODEL = ("--model", "test_vit", "--img-size", "64")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """w.safetensors of a model with 3 classes, and 8 images listed in images.tsv."""
-    folder = tmp_path_factory.mktemp("inputs")
-    torch.manual_seed(0)
-    save_file(timm.create_model("test_vit", img_size=64, num_classes=3).state_dict(), folder / "w.safetensors")
-    (folder / "images").mkdir()
-    generator = np.random.default_rng(0)
-    for i in range(8):
-        pixels = generator.integers(0, 256, (72, 80, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
-    (folder / "images.tsv").write_text("".join(f"{i}.png\t{i % 3}\n" for i in range(8)))
-    return folder
 
 
 def run(*args: object) -> Result:

@@ -99,10 +99,12 @@ def test_scoring_by_hand():
         "ats": 2 * row,
         "tome": 98 * 98 * 64,
         "peaks": 196 * 195 // 2 * width + 2 * row + merging,  # every pair once, attention, length of values
-        # one product and one reading for I', pairs of keys of one head, the same and 30 readings for I
-        "zero_tprune": product + n**2 * heads + 98 * 98 * 64 + 187**2 * width + 30 * 187**2 * heads,
+        # one product and one reading for I', pairs of keys of one head, the same and five readings for I
+        "zero_tprune": product + n**2 * heads + 98 * 98 * 64 + 187**2 * width + 5 * 187**2 * heads,
     }
-    assert {name: methods.create(name).scoring_macs(cost, host, n, 100) for name in wanted} == wanted
+    assert {name: methods.create(name).scoring_macs(cost, host, 5, n, 100) for name in wanted} == wanted
+    early, middle = (methods.create("zero_tprune").scoring_macs(cost, host, layer, n, 100) for layer in (2, 3))
+    assert early - middle == (30 - 5) * 187**2 * heads
 
 
 @pytest.mark.parametrize(("name", "published"), [("deit_small_patch16_224", 4.6), ("deit_tiny_patch16_224", 1.26)])

@@ -177,7 +177,7 @@ BAD_FIELDS = {
     "method ": (["topk"], "method must be a string"),
     "options": ({"strat": "class"}, "method 'zero_tprune' has no option strat"),
     "options ": ({"start": "cls"}, "start must be one of auto, class, uniform"),
-    "options  ": ([], "options and keep must be mappings"),
+    "options  ": ([], "options must be a mapping"),
     "keep": ([12, 8], "keep must map block indices to token counts"),
     "keep ": ({"-1": 12}, "keep must map block indices to token counts"),
     "keep  ": ({"one": 12}, "keep must map block indices to token counts"),

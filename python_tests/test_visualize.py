@@ -7,13 +7,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
-from safetensors.torch import save_file
 
 from tokenprune_ext.cli import main
 from tokenprune_ext.data import DataError, load_pictures, preprocessing, shown_names
@@ -25,21 +23,6 @@ from tokenprune_ext.schedule import Schedule
 from tokenprune_ext.visualize import prune_variants, visualize, write_page
 
 MODEL = ("--model", "test_vit", "--img-size", "64", "--dpi", "60")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights with three classes, a folder of images and a list of one of them."""
-    folder = tmp_path_factory.mktemp("inputs")
-    torch.manual_seed(0)
-    save_file(timm.create_model("test_vit", img_size=64, num_classes=3).state_dict(), folder / "w.safetensors")
-    (folder / "images").mkdir()
-    noise = np.random.default_rng(0)
-    for number in range(6):
-        pixels = noise.integers(0, 256, (70, 80, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
-    (folder / "list.tsv").write_text("images/3.png\t2\n")
-    return folder
 
 
 def run(*args: object) -> Result:
@@ -68,7 +51,7 @@ class Links(HTMLParser):
 
 
 def test_files_and_page(inputs: Path, tmp_path: Path) -> None:
-    result = drawn(inputs, tmp_path, "--methods", "topk,tome,pomt", "--keep", "0.75", inputs / "list.tsv")
+    result = drawn(inputs, tmp_path, "--methods", "topk,tome,pomt", "--keep", "0.75", inputs / "one.tsv")
     assert result.exit_code == 0, result.output
     names = {"3-methods.png", "3-scores.png", "3-topk.png", "3-tome.png", "3-pomt.png"}
     assert {path.name for path in tmp_path.iterdir()} == {*names, "index.html"}
@@ -113,10 +96,10 @@ def test_files_named_one_by_one_are_all_drawn(inputs: Path, tmp_path: Path) -> N
 
 
 def test_methods_that_cannot_are_left_out(inputs: Path, tmp_path: Path) -> None:
-    result = drawn(inputs, tmp_path, "--methods", "topk,tome", "--macs", "0.5", "--layers", "3", inputs / "list.tsv")
+    result = drawn(inputs, tmp_path, "--methods", "topk,tome", "--macs", "0.5", "--layers", "3", inputs / "one.tsv")
     assert result.exit_code == 2  # neither can at one late layer
     assert "nothing to show: topk left out: macs=0.5 is out of reach" in result.output.replace("\n", " ")
-    result = drawn(inputs, tmp_path, "--methods", "topk,dense", inputs / "list.tsv")
+    result = drawn(inputs, tmp_path, "--methods", "topk,dense", inputs / "one.tsv")
     assert result.exit_code == 0
     assert "note: dense left out" in result.output
     assert "dense left out" in (tmp_path / "index.html").read_text("utf-8")
@@ -150,7 +133,7 @@ def test_wrong_usage_is_explained(inputs: Path, tmp_path: Path, args: list[str],
 
 def test_a_folder_that_cannot_be_written(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    result = drawn(inputs, tmp_path / "file" / "below", "--methods", "topk", inputs / "list.tsv")
+    result = drawn(inputs, tmp_path / "file" / "below", "--methods", "topk", inputs / "one.tsv")
     assert result.exit_code == 2
     assert "cannot write the figures" in result.output
 
@@ -210,13 +193,13 @@ def test_from_python(tmp_path: Path, inputs: Path) -> None:
 
 
 def test_pictures_of_several_places(inputs: Path) -> None:
-    found = load_pictures([inputs / "list.tsv", inputs / "images" / "5.png", inputs / "images"], 3, limit=2, seed=0)
+    found = load_pictures([inputs / "one.tsv", inputs / "images" / "5.png", inputs / "images"], 3, limit=2, seed=0)
     assert [file.name for file in found.files[:2]] == ["3.png", "5.png"]
     assert found.labels is not None
     assert list(found.labels) == [2, -1, -1, -1]
-    assert load_pictures([inputs / "list.tsv"], 0, limit=2, seed=0).labels == (-1,)  # no classifier, no labels
+    assert load_pictures([inputs / "one.tsv"], 0, limit=2, seed=0).labels == (-1,)  # no classifier, no labels
     with pytest.raises(DataError, match="class index 2 is outside"):
-        load_pictures([inputs / "list.tsv"], 2, limit=2, seed=0)
+        load_pictures([inputs / "one.tsv"], 2, limit=2, seed=0)
 
 
 def test_names_of_classes() -> None:

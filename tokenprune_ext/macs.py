@@ -86,7 +86,7 @@ def blocks_macs(costs: list[BlockCost], host: Host, keep: Mapping[int, int], met
             result.append((cost.macs(tokens, host.head_tokens, host.head_tokens), 0))
             continue
         after = host.num_prefix_tokens + keep[layer] if layer in keep else tokens
-        scoring = method.scoring_macs(cost, host, tokens, keep[layer]) if after < tokens else 0
+        scoring = method.scoring_macs(cost, host, layer, tokens, keep[layer]) if after < tokens else 0
         result.append((cost.macs(tokens, after if method.where == "attention" else tokens), scoring))
         tokens = after
     return result

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .environment import device_name
 from .macs import block_costs, blocks_macs, outside_macs
 from .methods import Dense, Method
 from .patch import BlockPlan, Host, HostAdapter, adapter_of, inspect_host, install, record_of, uninstall
 from .patch.sources import recording, standing
 from .schedule import Schedule
+
+_log = logging.getLogger(__name__)
 
 
 def apply(
@@ -26,7 +31,9 @@ def apply(
     """Make a model prune tokens. The model is changed in place and returned; applying again replaces.
 
     Weights, state dict keys, deepcopy, pickle, train and eval, devices and dtypes are as before. Blocks that do not
-    prune are not touched; a layer that keeps every token does not prune.
+    prune are not touched; a layer that keeps every token does not prune. How many layers do is logged (level INFO of
+    the logger ``tokenprune_ext``); a method under which none does is warned about, and so is a schedule that was made
+    on another device.
 
     Args:
         model: a supported model (see ``UnsupportedModelError`` for what is).
@@ -52,6 +59,7 @@ def apply(
     host = inspect_host(model)
     schedule.check(host)
     install(model, _plans(schedule, host, adapter_of(model)), schedule)
+    _report(schedule, host, model)
     return model
 
 
@@ -215,11 +223,29 @@ def describe(model: nn.Module) -> Description:
     )
 
 
+def _report(schedule: Schedule, host: Host, model: nn.Module) -> None:
+    """Say what a schedule does to a model; warn when that is nothing, or was measured elsewhere."""
+    pruning = schedule.pruning()
+    leaving = min(schedule.keep.values(), default=host.num_patches)
+    _log.info(
+        "%s: %s prunes at %d of %d blocks (%s), %d of %d patch tokens leave the last of them",
+        *(host.model, schedule.method, len(pruning), host.depth, ", ".join(map(str, pruning)) or "none"),
+        *(leaving, host.num_patches),
+    )
+    if schedule.keep and not pruning:
+        kept = f"every layer keeps all {host.num_patches} patch tokens"
+        warnings.warn(f"{schedule.method} prunes nothing: {kept}", stacklevel=3)
+    made_on, parameter = schedule.origin.get("device"), next(model.parameters(), None)
+    if made_on is not None and parameter is not None and not parameter.is_meta:
+        here = device_name(parameter.device)
+        if made_on != here:
+            warnings.warn(f"the schedule was made on {made_on!r}, and the model is on {here!r}", stacklevel=3)
+
+
 def _plans(schedule: Schedule, host: Host, adapter: HostAdapter) -> dict[int, BlockPlan]:
     """One plan for every block that has something to do: prune, carry on what pruning made, or compute less."""
     method = schedule.build_method()
-    entering = schedule.entering()
-    pruning = {layer for layer, count in schedule.keep.items() if count < entering[layer]}
+    pruning = schedule.pruning()
     carries = bool(pruning) and (method.carries_size or host.positional)
     plans = {}
     patches = host.num_patches

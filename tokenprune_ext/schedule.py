@@ -31,6 +31,8 @@ class Schedule:
         method: registered name of the method.
         options: options of the method; those left out get their defaults.
         keep: 0-based block index -> patch tokens that leave the block (a fused token is one of them).
+        origin: how the schedule was found, as plain JSON values: the command, the device, what was measured. Changes
+            nothing in what the schedule does; `apply` warns on another device than ``origin["device"]``.
 
     Raises:
         TypeError: a field of the wrong type.
@@ -44,6 +46,7 @@ class Schedule:
     method: str
     keep: dict[int, int]
     options: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("model", "method"):
@@ -55,8 +58,9 @@ class Schedule:
             check_integral("input_size", side, 1)
         check_integral("num_prefix_tokens", self.num_prefix_tokens, 0)
         check_integral("num_patches", self.num_patches, 1)
-        if not isinstance(self.options, dict) or not isinstance(self.keep, dict):
-            raise TypeError(f"options and keep must be mappings, got {self.options!r} and {self.keep!r}")
+        for name in ("options", "keep", "origin"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(f"{name} must be a mapping, got {getattr(self, name)!r}")
         method = self.build_method()
         _check_keep(self.keep, self.num_patches, method)
         object.__setattr__(self, "input_size", tuple(map(int, self.input_size)))
@@ -123,6 +127,11 @@ class Schedule:
         """Patch tokens that enter each layer of ``keep``."""
         return dict(zip(self.keep, (self.num_patches, *self.keep.values()), strict=False))
 
+    def pruning(self) -> tuple[int, ...]:
+        """The layers that fewer patch tokens leave than enter."""
+        entering = self.entering()
+        return tuple(layer for layer, count in self.keep.items() if count < entering[layer])
+
     def check(self, host: Host) -> None:
         """Raises ValueError when the schedule or its method does not fit the model."""
         for name in ("input_size", "num_prefix_tokens", "num_patches"):
@@ -170,7 +179,7 @@ class Schedule:
         if content.pop("format", None) != FORMAT:
             raise ValueError(f"format must be {FORMAT}")
         known = {item.name for item in fields(cls)}
-        unknown, missing = sorted(content.keys() - known), sorted(known - content.keys())
+        unknown, missing = sorted(content.keys() - known), sorted(known - content.keys() - {"origin"})
         if unknown or missing:
             raise ValueError(f"unknown fields {unknown}, missing fields {missing}")
         if not isinstance(content["keep"], dict) or not all(layer.isdecimal() for layer in content["keep"]):

@@ -65,7 +65,7 @@ def prune_variants(
             notes.append(f"{label} left out: {error}")
     for label, schedule in schedules.items():
         variants[label] = apply(share(model), schedule)
-    pruning = {label: net for label, net in variants.items() if _prunes(net)}
+    pruning = {label: net for label, net in variants.items() if schedule_of(net).pruning()}
     notes += [f"{label} left out: it prunes nothing" for label in variants if label not in pruning]
     if not pruning:
         raise ValueError("nothing to show: " + ("; ".join(notes) or "no method and no schedule given"))
@@ -151,11 +151,6 @@ def write_page(
     )
     path.write_text(page, "utf-8")
     return path
-
-
-def _prunes(model: nn.Module) -> bool:
-    schedule = schedule_of(model)
-    return any(schedule.keep[layer] < entering for layer, entering in schedule.entering().items())
 
 
 def _draw(picture: Picture, folder: Path, stem: str, slugs: Mapping[str, str], columns: int, dpi: int) -> Figures:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -11,18 +12,11 @@ from methods.slow_methods import importance, zero_tprune
 from methods.slow_scores import Image, attention, page_rank
 
 from tokenprune_ext import methods
+from tokenprune_ext.methods import ZeroTPrune, zero_tprune_stages
 from tokenprune_ext.methods.random import random_scores
-from tokenprune_ext.patch import AttentionContext
 
 GEOMETRIES = [(12, 1), (11, 1), (11, 0), (12, 5)]  # patch and prefix tokens
 BOUNDS = {"vmin": 0.02, "vmax": 0.3}  # on these inputs some heads pass and some do not
-
-
-class Ranking(methods.ZeroTPrune):
-    """Its importance, with the interface of a method of one score a token."""
-
-    def scores(self, ctx: AttentionContext):
-        return self.importance(ctx)
 
 
 def check(ctx, keep, iterations=5, *, reduction="drop", **options):
@@ -48,7 +42,7 @@ def check(ctx, keep, iterations=5, *, reduction="drop", **options):
 @pytest.mark.parametrize("tau", [1.0, 0.5])
 def test_importance(prefix, start, layer, iterations, tau):
     ctx = context(prefix=prefix, layer=layer, spread=1.0)
-    method = Ranking(start=start, tau=tau, tol=0.0, **BOUNDS)
+    method = ZeroTPrune(start=start, tau=tau, tol=0.0, **BOUNDS)
     options = {"start": start, "tau": tau, **BOUNDS}
     check_scores(method, ctx, lambda image: importance(image, list(image.patches), iterations, **options))
 
@@ -70,19 +64,19 @@ def test_the_head_filter_takes_part():
 @pytest.mark.parametrize("prefix", [0, 1, 4])
 def test_start_chooses_itself(prefix):
     with_class, without = context(prefix=prefix), context(prefix=prefix, class_token=False)
-    auto = Ranking()
-    assert torch.equal(auto.scores(with_class), Ranking(start="class" if prefix else "uniform").scores(with_class))
-    assert torch.equal(auto.scores(without), Ranking(start="uniform").scores(without))
+    auto = ZeroTPrune()
+    assert torch.equal(auto.scores(with_class), ZeroTPrune(start="class" if prefix else "uniform").scores(with_class))
+    assert torch.equal(auto.scores(without), ZeroTPrune(start="uniform").scores(without))
 
 
 def test_tolerance_stops_early():
     ctx = context()
-    one = Ranking(iters=(1, 1, 1), tol=0.0).scores(ctx)
-    assert torch.equal(Ranking(tol=1e6).scores(ctx), one)
-    assert not torch.equal(Ranking(tol=0.0).scores(ctx), one)
+    one = ZeroTPrune(iters=(1, 1, 1), tol=0.0).scores(ctx)
+    assert torch.equal(ZeroTPrune(tol=1e6).scores(ctx), one)
+    assert not torch.equal(ZeroTPrune(tol=0.0).scores(ctx), one)
     for tol in (0.02, 0.1):
         check_scores(
-            Ranking(tol=tol, start="class"),
+            ZeroTPrune(tol=tol, start="class"),
             ctx,
             lambda image: importance(image, list(image.patches), 5, tol=tol, start="class"),  # noqa: B023
         )
@@ -125,7 +119,7 @@ def test_sizes_weigh_in():
     check(ctx, 5, reduction="merge", similar=4)
     alone = dataclasses.replace(ctx, size=None, bias=None)
     method = methods.create("zero_tprune", reduction="merge")
-    assert not torch.equal(method.importance(ctx), method.importance(alone))
+    assert not torch.equal(method.scores(ctx), method.scores(alone))
 
 
 def test_a_partner_that_is_lost_takes_along_what_went_into_it():
@@ -133,7 +127,8 @@ def test_a_partner_that_is_lost_takes_along_what_went_into_it():
     ctx = context(patches=12)
     method = methods.create("zero_tprune", reduction="merge", similar=6)
     reduced = method.reduce(ctx, 2)
-    dropped, match, _ = method.similar_tokens(ctx, 6)
+    rough = method.scores(ctx, iters=1)
+    dropped, match, _ = zero_tprune_stages.similar_tokens(ctx, rough, 6, method.partition, method.feature)
     kept = [set(row) for row in reduced.kept.tolist()]
     assert any(partner not in kept[image] for image, row in enumerate(match.tolist()) for partner in row)
     into = reduced.into()
@@ -150,15 +145,9 @@ def test_default_similar_is_ten_or_what_the_layer_removes():
 
 def _removed(patches, keep, **options):
     """Pairs the similarity stage is asked for."""
-    asked = []
-
-    class Watched(methods.ZeroTPrune):
-        def similar_tokens(self, ctx, count):
-            asked.append(count)
-            return super().similar_tokens(ctx, count)
-
-    Watched(**options).reduce(context(patches=patches), keep)
-    return asked[0]
+    with mock.patch.object(zero_tprune_stages, "similar_tokens", wraps=zero_tprune_stages.similar_tokens) as watched:
+        methods.create("zero_tprune", **options).reduce(context(patches=patches), keep)
+    return watched.call_args.args[2]
 
 
 def test_iterations_at_other_depths():
@@ -172,6 +161,6 @@ def test_iterations_at_other_depths():
 def test_low_precision_importance_stays_close(dtype):
     exact = context(spread=1.0, sizes=True)
     low = {part: getattr(exact, part).to(dtype) for part in ("x", "q", "k", "v", "bias")}
-    scores = Ranking().scores(dataclasses.replace(exact, **low))
+    scores = ZeroTPrune().scores(dataclasses.replace(exact, **low))
     assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores[:, 1:].double(), Ranking().scores(exact)[:, 1:], rtol=0.05, atol=0.02)
+    torch.testing.assert_close(scores[:, 1:].double(), ZeroTPrune().scores(exact)[:, 1:], rtol=0.05, atol=0.02)

@@ -69,5 +69,5 @@ class ATS(Method):
         attention = ctx.class_attention()
         return (attention * torch.linalg.vector_norm(ctx.v, dim=-1, dtype=attention.dtype)).sum(1)
 
-    def scoring_macs(self, cost: BlockCost, host: Host, tokens: int, keep: int) -> int:
+    def scoring_macs(self, cost: BlockCost, host: Host, layer: int, tokens: int, keep: int) -> int:
         return 2 * tokens * cost.heads * cost.head_dim

@@ -48,8 +48,8 @@ class Method(ABC):
         """The tokens that leave a pruning layer: ``keep`` patch tokens, a fused one among them."""
 
     @abstractmethod
-    def scoring_macs(self, cost: BlockCost, host: Host, tokens: int, keep: int) -> int:
-        """MACs of choosing and merging, at a block of this cost that ``tokens`` tokens (prefix included) enter."""
+    def scoring_macs(self, cost: BlockCost, host: Host, layer: int, tokens: int, keep: int) -> int:
+        """MACs of choosing and merging at block ``layer``, of this cost, for ``tokens`` tokens (prefix included)."""
 
     def for_host(self, host: Host) -> Method:
         """The method that a schedule for this model names: this one, unless it stands for a choice."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from tokenprune_ext.patch.context import AttentionContext, Reduced
 from tokenprune_ext.patch.host import Host
 
@@ -26,9 +28,10 @@ class Dense(Method):
         return ()
 
     def reduce(self, ctx: AttentionContext, keep: int) -> Reduced:
-        raise NotImplementedError("dense prunes nothing")
+        """Every token, whatever ``keep`` says; nothing asks, as it has no layers."""
+        return Reduced(ctx.x, torch.arange(ctx.num_prefix, ctx.x.shape[1], device=ctx.x.device).expand(len(ctx.x), -1))
 
-    def scoring_macs(self, cost: BlockCost, host: Host, tokens: int, keep: int) -> int:
+    def scoring_macs(self, cost: BlockCost, host: Host, layer: int, tokens: int, keep: int) -> int:
         return 0
 
     def min_keep(self, entering: int) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenprune_ext import ops
 from tokenprune_ext.checks import check_bool, check_choice
+from tokenprune_ext.ops._select import ranked
 from tokenprune_ext.patch.context import AttentionContext
 from tokenprune_ext.patch.host import Host
 
@@ -107,6 +108,6 @@ class Peaks(ScoredMethod):
 
 def ranks(importance: Tensor, num_prefix: int) -> Tensor:
     """0 for the most important patch token, and so on, int64 ``[B, N]``; equal importance: the lower position."""
-    order = torch.sort(-importance[:, num_prefix:], dim=1, stable=True).indices + num_prefix
+    order = ranked(importance, num_prefix)
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.zeros_like(importance, dtype=torch.int64).scatter(1, order, places)

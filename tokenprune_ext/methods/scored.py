@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenprune_ext import ops
 from tokenprune_ext.checks import check_bool, check_choice
+from tokenprune_ext.ops._select import split
 from tokenprune_ext.patch.context import AttentionContext, Reduced
 from tokenprune_ext.patch.host import Host
 
@@ -55,9 +56,8 @@ class ScoredMethod(Method):
         scores = self.scores(ctx)
         return replace(reduce_tokens(ctx, scores, keep, self.reduction, self.proportional), scores=lambda: scores)
 
-    def scoring_macs(self, cost: BlockCost, host: Host, tokens: int, keep: int) -> int:
-        patches = tokens - host.num_prefix_tokens
-        merging = (patches - keep) * keep * cost.channels if self.reduction == "merge" else 0
+    def scoring_macs(self, cost: BlockCost, host: Host, layer: int, tokens: int, keep: int) -> int:
+        merging = merging_macs(cost, tokens - host.num_prefix_tokens, keep) if self.reduction == "merge" else 0
         return self.score_macs(cost, host, tokens) + merging
 
     @property
@@ -71,7 +71,8 @@ class ScoredMethod(Method):
 def reduce_tokens(ctx: AttentionContext, scores: Tensor, keep: int, reduction: str, proportional: bool) -> Reduced:
     """Keep the tokens with the highest scores ``[B, N]``, and do with the others what ``reduction`` says."""
     if reduction == "merge":
-        return merge_others(ctx, *split_tokens(scores, keep, ctx.num_prefix), proportional)
+        kept, dropped = split(scores, keep, ctx.num_prefix)
+        return merge_into(ctx, kept, dropped, nearest_kept(ctx, kept).gather(1, dropped), proportional)
     if reduction == "drop":
         return Reduced(*ops.topk_gather(ctx.x, scores, keep, ctx.num_prefix))
     if reduction == "weighted":
@@ -92,13 +93,6 @@ def _weights_of_others(scores: Tensor, kept: Tensor, num_prefix: int) -> Tensor:
     return others / others.sum(1, keepdim=True)
 
 
-def split_tokens(scores: Tensor, keep: int, num_prefix: int) -> tuple[Tensor, Tensor]:
-    """Positions of the ``keep`` patch tokens with the highest scores ``[B, N]``, and of the others, each ascending."""
-    # Negated and ascending: equal scores keep the lower index first, and NaN comes last.
-    order = torch.sort(-scores[:, num_prefix:], dim=1, stable=True).indices + num_prefix
-    return order[:, :keep].sort(1).values, order[:, keep:].sort(1).values
-
-
 def nearest_kept(ctx: AttentionContext, kept: Tensor) -> Tensor:
     """For every patch token that is not kept, the position of the most similar one that is; ``[B, N]``, else -1."""
     rank = torch.ones(ctx.x.shape[:2], dtype=torch.int64, device=kept.device).scatter(1, kept, 0)
@@ -106,14 +100,19 @@ def nearest_kept(ctx: AttentionContext, kept: Tensor) -> Tensor:
     return index
 
 
-def merge_others(ctx: AttentionContext, kept: Tensor, dropped: Tensor, proportional: bool) -> Reduced:
-    """Every dropped token goes into its most similar kept one."""
-    return merge_into(ctx, kept, dropped, nearest_kept(ctx, kept), proportional)
+def merging_macs(cost: BlockCost, patches: int, keep: int) -> int:
+    """MACs of finding the most similar kept token of every other one, for ``patches`` tokens of which ``keep`` stay."""
+    return (patches - keep) * keep * cost.channels
 
 
-def merge_into(ctx: AttentionContext, kept: Tensor, dropped: Tensor, into: Tensor, proportional: bool) -> Reduced:
-    """Merge the tokens at ``dropped`` ``[B, R]`` into those that ``into`` ``[B, N]`` names for them."""
-    match = into.gather(1, dropped)
+def merge_into(ctx: AttentionContext, kept: Tensor, dropped: Tensor, match: Tensor, proportional: bool) -> Reduced:
+    """Merge the tokens at ``dropped`` ``[B, R]`` into those at ``match`` ``[B, R]``; -1 is nowhere."""
     match = torch.where(match < 0, dropped, match)  # a token with NaN has no partner and goes nowhere
     x, size = ops.merge_tokens(ctx.x, ctx.size, kept, dropped, match, ctx.num_prefix)
-    return Reduced(x, kept, size=size, into=lambda: into, bias=proportional)
+    return Reduced(x, kept, size=size, into=lambda: positions(ctx).scatter(1, dropped, match), bias=proportional)
+
+
+def positions(ctx: AttentionContext) -> Tensor:
+    """0, 1, 2, ...: every token's own position, int64 ``[B, N]``."""
+    batch, tokens = ctx.x.shape[:2]
+    return torch.arange(tokens, device=ctx.x.device).expand(batch, -1)

@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
 from tokenprune_ext import ops
 from tokenprune_ext.checks import check_bool, check_choice
 from tokenprune_ext.patch.context import AttentionContext, Reduced
@@ -101,14 +98,8 @@ class ToMe(Method):
         dropped, match, kept = ops.bipartite_match(ctx.k.mean(1), None, ctx.num_patches - keep, ctx.num_prefix)
         if self.reduction == "drop":
             return Reduced(ctx.take(ctx.x, kept), kept)
-        return merge_into(ctx, kept, dropped, scattered(match, dropped, ctx.x.shape[1]), self.proportional)
+        return merge_into(ctx, kept, dropped, match, self.proportional)
 
-    def scoring_macs(self, cost: BlockCost, host: Host, tokens: int, keep: int) -> int:
+    def scoring_macs(self, cost: BlockCost, host: Host, layer: int, tokens: int, keep: int) -> int:
         patches = tokens - host.num_prefix_tokens
         return (patches // 2) * (patches - patches // 2) * cost.head_dim
-
-
-def scattered(match: Tensor, dropped: Tensor, tokens: int) -> Tensor:
-    """``[B, R]`` partners of the tokens at ``dropped`` as one entry a token, ``[B, tokens]``; every other is itself."""
-    itself = torch.arange(tokens, device=match.device).expand(match.shape[0], -1)
-    return itself.scatter(1, dropped, match)

@@ -10,24 +10,21 @@ from torch import Tensor
 
 from tokenprune_ext import ops
 from tokenprune_ext.checks import check_bool, check_choice, check_int
+from tokenprune_ext.ops._select import split
 from tokenprune_ext.patch.context import AttentionContext, Reduced
 from tokenprune_ext.patch.host import Host
 
-from .base import Method, check_number, register, scaled_layers
-from .random import random_scores
-from .scored import merge_into, nearest_kept, split_tokens
-from .tome import scattered
+from . import zero_tprune_stages as stages
+from .base import check_number, register, scaled_layers
+from .scored import ScoredMethod, merge_into, merging_macs, nearest_kept, positions
 
 if TYPE_CHECKING:
     from tokenprune_ext.macs import BlockCost
 
-PARTITIONS = ("unimportant", "important", "alternate", "random")
-FEATURES = ("key", "key_heads", "query", "value", "hidden")
-
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class ZeroTPrune(Method):
+class ZeroTPrune(ScoredMethod):
     """One pruning layer is I' -> S -> I: a rough ranking, then similarity, then importance.
 
     I' ranks the tokens by one iteration of page rank. S pairs the less important half with the more important one and
@@ -51,7 +48,7 @@ class ZeroTPrune(Method):
         mid_block: prune between attention and MLP instead of behind the block.
         reduction: ``drop`` as published; ``merge``: what S removes goes into its partner, what I removes into its most
             similar survivor, as the mean weighted by how many patches each stands for.
-        proportional: after merging, log(size) is added to the attention logits.
+        proportional: see ``ScoredMethod``.
 
     Source: Wang, Dedhia, Jha, "Zero-TPrune", CVPR 2024, sections 3.2 and 3.3. Scores are on the mean-1 scale, on which
     the published variance bounds apply.
@@ -69,12 +66,9 @@ class ZeroTPrune(Method):
     partition: str = "unimportant"
     feature: str = "key"
     mid_block: bool = False
-    reduction: str = "drop"
-    proportional: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("start", self.start, ("auto", "class", "uniform"))
         if not isinstance(self.iters, list | tuple) or len(self.iters) != 3:
             raise ValueError(f"iters must be three counts (first, middle, last blocks), got {self.iters!r}")
         for count in self.iters:
@@ -86,19 +80,15 @@ class ZeroTPrune(Method):
         check_number("vmax", self.vmax, self.vmin)
         if self.similar is not None:
             check_int("similar", self.similar, 0)
-        check_choice("partition", self.partition, PARTITIONS)
-        check_choice("feature", self.feature, FEATURES)
-        check_bool("mid_block", self.mid_block)
+        check_choice("start", self.start, ("auto", "class", "uniform"))
+        check_choice("partition", self.partition, stages.PARTITIONS)
+        check_choice("feature", self.feature, stages.FEATURES)
         check_choice("reduction", self.reduction, ("drop", "merge"))
-        check_bool("proportional", self.proportional)
+        check_bool("mid_block", self.mid_block)
 
     @property
     def where(self) -> Literal["attention", "block"]:
         return "attention" if self.mid_block else "block"
-
-    @property
-    def carries_size(self) -> bool:
-        return self.reduction == "merge"
 
     def check_host(self, host: Host) -> None:
         super().check_host(host)
@@ -119,76 +109,41 @@ class ZeroTPrune(Method):
     def reduce(self, ctx: AttentionContext, keep: int) -> Reduced:
         removed = self._removed_by_similarity(ctx.num_patches, keep)
         if not removed:
-            among = self.importance(ctx)
-            kept, dropped = split_tokens(among, keep, ctx.num_prefix)
-            into = rest = None
-        else:
-            similar, match, rest = self.similar_tokens(ctx, removed)
-            among = self.importance(ctx.restricted(rest))
-            best, worst = split_tokens(among, keep, ctx.num_prefix)
-            kept, lost = (rest.gather(1, part - ctx.num_prefix) for part in (best, worst))
-            dropped = torch.cat([similar, lost], 1).sort(1).values
-            into = scattered(match, similar, ctx.x.shape[1])
+            return super().reduce(ctx, keep)
+        rough = self.scores(ctx, iters=1) if stages.needs_scores(self.partition) else None
+        similar, match, rest = stages.similar_tokens(ctx, rough, removed, self.partition, self.feature)
+        among = self.scores(ctx.restricted(rest))
+        best, worst = split(among, keep, ctx.num_prefix)
+        kept, lost = (rest.gather(1, part - ctx.num_prefix) for part in (best, worst))
 
-        def scores() -> Tensor:
+        def ranked() -> Tensor:  # what S removed has no score
             unranked = among.new_full(ctx.x.shape[:2], torch.nan)
-            return among if rest is None else unranked.scatter(1, rest, among[:, ctx.num_prefix :])
+            return unranked.scatter(1, rest, among[:, ctx.num_prefix :])
 
         if self.reduction == "drop":
-            return Reduced(ctx.take(ctx.x, kept), kept, scores=scores)
-        nearest = nearest_kept(ctx, kept)
-        if into is not None:  # a partner that was lost itself takes what went into it along
-            nearest = torch.where(nearest < 0, torch.arange(nearest.shape[1], device=kept.device), nearest).gather(
-                1, into
-            )
-        return replace(merge_into(ctx, kept, dropped, nearest, self.proportional), scores=scores)
+            return Reduced(ctx.take(ctx.x, kept), kept, scores=ranked)
+        dropped = torch.cat([similar, lost], 1).sort(1).values
+        partner = positions(ctx).scatter(1, similar, match).gather(1, dropped)
+        nearest = nearest_kept(ctx, kept).gather(1, partner)  # of a partner that was lost, with what went into it
+        match = torch.where(nearest < 0, partner, nearest)
+        return replace(merge_into(ctx, kept, dropped, match, self.proportional), scores=ranked)
 
-    def importance(self, ctx: AttentionContext, iters: int | None = None) -> Tensor:
+    def scores(self, ctx: AttentionContext, iters: int | None = None) -> Tensor:
         """Importance ``[B, N]``, float32 (float64 for float64)."""
         iters = self.iterations(ctx.layer, ctx.depth) if iters is None else iters
-        ranks = ctx.page_rank(self._start(ctx), iters, self.tol, self.tau)
+        ranks = ctx.page_rank(stages.start_scores(ctx, self.start), iters, self.tol, self.tau)
         return ops.head_aggregate(ranks, self.vmin, self.vmax, ctx.num_prefix)
 
-    def similar_tokens(self, ctx: AttentionContext, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The S-stage: positions of ``count`` tokens to remove, of their partners, and of all other patch tokens."""
-        feature = self._feature(ctx)
-        if self.partition == "alternate":
-            return ops.bipartite_match(feature, None, count, ctx.num_prefix)
-        if self.partition == "random":
-            scores, partition = random_scores(ctx, seed=0), "unimportant"
-        else:
-            scores, partition = self.importance(ctx, iters=1), self.partition
-        return ops.bipartite_match(feature, scores, count, ctx.num_prefix, partition)
-
-    def scoring_macs(self, cost: BlockCost, host: Host, tokens: int, keep: int) -> int:
+    def scoring_macs(self, cost: BlockCost, host: Host, layer: int, tokens: int, keep: int) -> int:
         """Attention is formed once for I' and once for I; every iteration reads it once."""
         patches = tokens - host.num_prefix_tokens
         removed = self._removed_by_similarity(patches, keep)
         product = cost.heads * cost.head_dim
-        rough = tokens**2 * (product + cost.heads) if removed and self.partition in ("unimportant", "important") else 0
-        width = {"hidden": cost.channels, "key_heads": product}.get(self.feature, cost.head_dim)
-        similarity = (patches // 2) * (patches - patches // 2) * width if removed else 0
-        left = tokens - removed
-        merging = (patches - keep) * keep * cost.channels if self.reduction == "merge" else 0
-        return rough + similarity + left**2 * (product + max(self.iters) * cost.heads) + merging
+        rough = tokens**2 * (product + cost.heads) if removed and stages.needs_scores(self.partition) else 0
+        pairs = stages.pairing_macs(cost, self.feature, patches) if removed else 0
+        fine = (tokens - removed) ** 2 * (product + self.iterations(layer, host.depth) * cost.heads)
+        return rough + pairs + fine + (merging_macs(cost, patches, keep) if self.reduction == "merge" else 0)
 
     def _removed_by_similarity(self, patches: int, keep: int) -> int:
         wanted = 10 if self.similar is None else self.similar
         return min(wanted, patches - keep, patches // 2)
-
-    def _feature(self, ctx: AttentionContext) -> Tensor:
-        match self.feature:
-            case "key_heads":
-                return ctx.k.transpose(1, 2).flatten(2)
-            case "hidden":
-                return ctx.x.detach()
-            case name:
-                return {"key": ctx.k, "query": ctx.q, "value": ctx.v}[name].mean(1)
-
-    def _start(self, ctx: AttentionContext) -> Tensor | None:
-        """The first scores ``[N]``; None for ones."""
-        if self.start == "uniform" or not ctx.has_class_token:
-            return None
-        tokens = ctx.q.shape[2]
-        is_class = torch.arange(tokens, device=ctx.q.device) == 0
-        return 1 + (tokens**0.5 - 1) * is_class.to(torch.promote_types(ctx.q.dtype, torch.float32))

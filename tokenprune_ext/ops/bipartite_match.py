@@ -13,6 +13,7 @@ from tokenprune_ext.checks import check_choice, check_int
 from ._check import allow_tf32, check_floating
 from ._cosine import check_metric, take_rows, unit_vectors
 from ._define import define
+from ._select import split
 
 PARTITIONS = ("alternate", "unimportant", "important")
 
@@ -49,11 +50,9 @@ def _groups(metric: Tensor, scores: Tensor | None, num_prefix: int, partition: s
     if scores is None:
         position = torch.arange(num_prefix, tokens, device=metric.device).expand(batch, -1)
         return position[:, ::2], position[:, 1::2]
-    # Negated and ascending: equal scores keep the lower position first, and NaN comes last.
-    order = torch.sort(-scores[:, num_prefix:], dim=1, stable=True).indices + num_prefix
     patches = tokens - num_prefix
     important = patches // 2 if partition == "unimportant" else patches - patches // 2
-    upper, lower = order[:, :important].sort(1).values, order[:, important:].sort(1).values
+    upper, lower = split(scores, important, num_prefix)
     return (lower, upper) if partition == "unimportant" else (upper, lower)
 
 

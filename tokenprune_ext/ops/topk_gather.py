@@ -11,6 +11,7 @@ from tokenprune_ext.checks import check_choice, check_int
 
 from ._check import accumulate_dtype, check_floating
 from ._define import define
+from ._select import split
 
 FUSE = ("none", "mean", "weighted")
 
@@ -28,14 +29,6 @@ def _check(x: Tensor, scores: Tensor, keep: int, num_prefix: int, fuse: str) -> 
     check_choice("fuse", fuse, FUSE)
 
 
-def _split(scores: Tensor, keep: int, num_prefix: int) -> tuple[Tensor, Tensor]:
-    """Positions in x of the kept and of the dropped patch tokens, each ascending."""
-    # Negated and ascending: equal scores keep the lower index first, and NaN comes last.
-    order = torch.sort(-scores[:, num_prefix:], dim=1, stable=True).indices + num_prefix
-    kept, dropped = order[:, :keep].sort(1).values, order[:, keep:].sort(1).values
-    return kept.contiguous(), dropped.contiguous()
-
-
 def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
@@ -50,7 +43,7 @@ def _weights(scores: Tensor, dropped: Tensor, fuse: str, dtype: torch.dtype) -> 
 def reference(x: Tensor, scores: Tensor, keep: int, num_prefix: int = 0, fuse: str = "none") -> tuple[Tensor, Tensor]:
     """The operator in plain torch."""
     _check(x, scores, keep, num_prefix, fuse)
-    kept, dropped = _split(scores, keep, num_prefix)
+    kept, dropped = split(scores, keep, num_prefix)
     parts = [x[:, :num_prefix], _take(x, kept)]
     if fuse != "none" and dropped.shape[1] > 0:
         wide = _take(x, dropped).to(accumulate_dtype(x.dtype))

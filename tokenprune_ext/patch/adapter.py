@@ -51,14 +51,11 @@ class HostAdapter(ABC):
 
     Class attributes:
         supported: what the family covers, for error messages.
-        dense_only: functions of the model that need every block to have a full grid of patches; a pruned model refuses
-            them.
         mixin: goes in front of the model's class while it is pruned, with functions that replace its own; None for
             nothing.
     """
 
     supported: ClassVar[str]
-    dense_only: ClassVar[tuple[str, ...]] = ()
     mixin: ClassVar[type[Mixin] | None] = None
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
@@ -24,7 +24,7 @@ def inspect_host(model: nn.Module) -> Host:
     adapter = adapter_of(model)
     try:
         if record_of(model) is None:
-            for name in (*adapter.dense_only, *vars(adapter.mixin or object)):
+            for name in vars(adapter.mixin or object):
                 if name in vars(model):
                     raise unsupported(name, "a function set on this instance by other software")
         return adapter.inspect(model)
@@ -51,11 +51,8 @@ def install(model: nn.Module, plans: Mapping[int, BlockPlan], record: object) ->
         block: Any = blocks[index]
         block.__class__ = mixed_class(PrunedBlock, type(block))
         setattr(block, PLAN, plan)
-    if plans:
-        for name in adapter.dense_only:
-            setattr(model, name, _no_dense_features)
-        if adapter.mixin is not None:
-            model.__class__ = mixed_class(adapter.mixin, type(model))
+    if plans and adapter.mixin is not None:
+        model.__class__ = mixed_class(adapter.mixin, type(model))
     setattr(model, _RECORD, record)
 
 
@@ -68,9 +65,6 @@ def uninstall(model: nn.Module) -> None:
         if isinstance(block, PrunedBlock):
             block.__class__ = dense_class(type(block))  # type: ignore[assignment]
             delattr(block, PLAN)
-    for name in adapter.dense_only:
-        if vars(model).get(name) is _no_dense_features:
-            delattr(model, name)
     model.__class__ = dense_class(type(model))
     delattr(model, _RECORD)
 
@@ -78,11 +72,3 @@ def uninstall(model: nn.Module) -> None:
 def record_of(model: nn.Module) -> Any:
     """What :func:`install` was given as ``record``; None for a model that is not patched."""
     return vars(model).get(_RECORD)
-
-
-def _no_dense_features(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stands in for the functions of ``HostAdapter.dense_only`` on a pruned model."""
-    raise ValueError(
-        "this function needs every block with its full grid of patches, which a pruned model does not have; call "
-        "tokenprune_ext.remove first"
-    )
