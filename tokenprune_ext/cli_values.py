@@ -65,6 +65,19 @@ class Layers(click.ParamType[list[int]]):
         return [int(part) for part in value.split(",")]
 
 
+class BatchSizes(click.ParamType[tuple[int, ...]]):
+    """Comma-separated numbers of images, each once."""
+
+    name = "batch sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", value):
+            self.fail(f"{value!r}: expected numbers of images like 1,2,4", param, ctx)
+        return tuple(dict.fromkeys(int(part) for part in value.split(",")))
+
+
 class Device(click.ParamType[Any]):
     """cpu, cuda or cuda:N that is really there."""
 

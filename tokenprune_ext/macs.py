@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ from .patch import Host, HostAdapter, Projected, adapter_of, inspect_host
 
 if TYPE_CHECKING:
     from .methods import Method
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,20 @@ class BlockCost:
 
 def block_costs(model: nn.Module) -> list[BlockCost]:
     """The cost of every block of a supported model, patched or not."""
+    return of_blocks(model, _block_cost)
+
+
+def of_blocks(model: nn.Module, ask: Callable[[HostAdapter, int, nn.Module], Found]) -> list[Found]:
+    """What ``ask(adapter, channels, block)`` finds of every block, on the meta device; equal blocks are asked once."""
     host, adapter = inspect_host(model), adapter_of(model)
-    known: dict[Any, BlockCost] = {}
-    costs = []
+    known: dict[Any, Found] = {}
+    found = []
     for block in adapter.blocks(model):
         shapes = tuple((name, tensor.shape) for name, tensor in _tensors(block))
         if shapes not in known:
-            known[shapes] = _block_cost(adapter, host.channels, _on_meta(block))
-        costs.append(known[shapes])
-    return costs
+            known[shapes] = ask(adapter, host.channels, _on_meta(block))
+        found.append(known[shapes])
+    return found
 
 
 def blocks_macs(costs: list[BlockCost], host: Host, keep: Mapping[int, int], method: Method) -> list[tuple[int, int]]:

@@ -1,0 +1,151 @@
+"""How well a predicted staircase fits a measured one."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from .edges import MIN_FALL, Edge, find_edges
+from .predict import Prediction
+
+TOLERANCE = 2
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Latencies in seconds against the patch tokens that leave the pruning layer; counts ascend, none comes twice."""
+
+    tokens: tuple[int, ...]
+    latency_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Match:
+    """How well predicted edges fit measured ones.
+
+    Attributes:
+        predicted: token counts of the predicted edges that the measurement could have seen.
+        measured: token counts of the measured edges.
+        matched: pairs of a predicted and a measured one, each used once.
+        precision: share of the predicted edges that were measured; None when nothing is predicted.
+        recall: share of the measured edges that were predicted; None when nothing is measured.
+        correlation: of both curves at the measured counts, each without its straight line; None when one has no shape.
+        tolerance: how many tokens apart a pair may be.
+    """
+
+    predicted: tuple[int, ...]
+    measured: tuple[int, ...]
+    matched: tuple[tuple[int, int], ...]
+    precision: float | None
+    recall: float | None
+    correlation: float | None
+    tolerance: int
+
+
+def match(
+    prediction: Prediction, measured: Measured, *, tolerance: int = TOLERANCE, min_fall: float = MIN_FALL
+) -> Match:
+    """Compare a prediction with a measurement: the positions of the edges, and the shape of the curves.
+
+    Args:
+        prediction: what was predicted.
+        measured: what was measured; only counts that the prediction has are compared.
+        tolerance: how many tokens apart a predicted and a measured edge may be. Where not every count was measured, a
+            measured edge is anywhere between two of them.
+        min_fall: see :func:`~tokenprune_ext.profiler.edges.find_edges`; of the measured edges.
+
+    Raises:
+        ValueError: fewer than two of the measured counts are in the prediction.
+    """
+    known = dict(zip(prediction.tokens, prediction.latency_s, strict=True))
+    common = [(n, s) for n, s in zip(measured.tokens, measured.latency_s, strict=True) if n in known]
+    if len(common) < 2:
+        raise ValueError(f"the measured profile has {len(common)} of the predicted token counts; it needs two or more")
+    tokens, latency = [n for n, _ in common], [s for _, s in common]
+    found = find_edges(tokens, latency, min_fall)
+    edges = [edge for edge in prediction.edges if tokens[0] <= edge.tokens < tokens[-1]]
+    pairs = _pairs(edges, found, tolerance)
+    return Match(
+        predicted=tuple(edge.tokens for edge in edges),
+        measured=tuple(edge.tokens for edge in found),
+        matched=pairs,
+        precision=len(pairs) / len(edges) if edges else None,
+        recall=len(pairs) / len(found) if found else None,
+        correlation=_shape_correlation(tokens, latency, [known[n] for n in tokens]),
+        tolerance=tolerance,
+    )
+
+
+def read_measured(path: str | Path) -> Measured:
+    """A profile from CSV with a header, or from JSON lines: ``tokens`` and ``latency_s``, and any other fields.
+
+    Where a count comes several times, the median of its latencies is taken.
+
+    Raises:
+        ValueError: an unreadable file, a field that is missing, or an impossible value; the message names the record.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    seconds: dict[int, list[float]] = defaultdict(list)
+    for number, row in enumerate(_rows(text, path), 1):
+        try:
+            tokens, latency = int(row["tokens"]), float(row["latency_s"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, record {number}: expected numbers tokens and latency_s, got {row}") from error
+        if tokens < 1 or not (math.isfinite(latency) and latency > 0):
+            raise ValueError(f"{path}, record {number}: {tokens} tokens in {latency} s cannot be")
+        seconds[tokens].append(latency)
+    if not seconds:
+        raise ValueError(f"{path} has no records")
+    counts = tuple(sorted(seconds))
+    return Measured(counts, tuple(median(seconds[count]) for count in counts))
+
+
+def _rows(text: str, path: str | Path) -> Iterable[Mapping[str, Any]]:
+    if not text.lstrip().startswith("{"):
+        return csv.DictReader(io.StringIO(text))
+    try:
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON lines: {error}") from error
+
+
+def _pairs(predicted: Sequence[Edge], measured: Sequence[Edge], tolerance: int) -> tuple[tuple[int, int], ...]:
+    """Nearest first; an edge between two measured counts is at distance 0 from all that lies there."""
+    candidates = []
+    for one in predicted:
+        for other in measured:
+            apart = max(0, other.tokens - one.tokens, one.tokens - (other.next - 1))
+            candidates.append((apart, one.tokens, other.tokens))
+    found: dict[int, int] = {}
+    for apart, one_tokens, other_tokens in sorted(candidates):
+        if apart <= tolerance and one_tokens not in found and other_tokens not in found.values():
+            found[one_tokens] = other_tokens
+    return tuple(sorted(found.items()))
+
+
+def _shape_correlation(tokens: Sequence[int], one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Pearson's coefficient of two curves without their straight lines: that both rise says nothing of steps."""
+    if len(tokens) < 3:
+        return None
+    x = np.asarray(tokens, dtype=float)
+    rest = []
+    for curve in (one, other):
+        y = np.asarray(curve, dtype=float)
+        left = y - np.polyval(np.polyfit(x, y, 1), x)
+        if np.abs(left).max() <= 1e-9 * np.abs(y).max():
+            return None
+        rest.append(left)
+    return float(np.corrcoef(rest[0], rest[1])[0, 1])
