@@ -72,7 +72,7 @@ def test_counts_that_were_not_predicted(predicted):
         match(predicted, Measured((16, 17), (1.0, 2.0)))
 
 
-RECORDS = [(5, 0.3), (2, 0.2), (5, 0.5), (5, 0.1)]
+RECORDS = [(5, 0.5), (2, 0.2), (5, 0.3), (5, 0.1)]
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

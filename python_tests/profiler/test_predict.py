@@ -69,6 +69,27 @@ def test_latency_by_hand(layer, batch):
     assert found.latency_s == pytest.approx(expected)
 
 
+def test_kernels_by_hand():
+    """Five up to the attention's sum: norm, qkv, attention, proj, sum; five behind: norm, fc1, activation, fc2, sum."""
+    found = predict(make_host("vit"), tiny_device(kernel_s=1.0), layer=0)
+    assert found.latency_s == pytest.approx([4 * 10] * 16, abs=0.1)
+
+
+def test_memory_by_hand():
+    """Where only memory takes time, 1e6 bytes a second: 2 bytes each of weights, and of what kernels read and write."""
+    device = tiny_device(flop_per_clock={"float16": 1e30}, l2_bytes=1, memory_bytes_per_s=1e6)
+    found = predict(make_host("vit"), device, layer=1, batch_size=3)
+
+    def attention(n):  # weights; qkv, attention, proj; norm and sum
+        return 4 * WIDTH**2 + 3 * n * (4 + 4 + 2 + 5) * WIDTH
+
+    def mlp(n):  # weights; fc1, fc2; norm, activation and sum
+        return 2 * WIDTH * HIDDEN + 3 * n * (2 * (WIDTH + HIDDEN) + 5 * WIDTH + 2 * HIDDEN)
+
+    expected = [2e-6 * (2 * attention(17) + 2 * attention(n) + mlp(17) + 3 * mlp(n)) for n in range(2, 18)]
+    assert found.latency_s == pytest.approx(expected, rel=1e-3)
+
+
 def test_waves_and_edges_by_hand():
     """Rows of tiles have 4 tokens; with the class token, one is empty at 3, 7, 11 and 15 patches."""
     found = predict(make_host("vit"), tiny_device(), layer=0)
@@ -142,3 +163,4 @@ def test_edges_of_a_curve():
     assert find_edges((1, 2, 3), (1.0, 2.0, 3.0)) == []  # a straight line has none
     assert find_edges((5,), (1.0,)) == []
     assert [edge.tokens for edge in find_edges((1, 2, 3), (3.0, 1.0, 2.0))] == [2]  # slower at few tokens
+    assert find_edges((1, 2, 3), (3.0, 2.0, 2.0)) == []
