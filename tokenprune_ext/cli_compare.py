@@ -9,9 +9,8 @@ from typing import Any
 import click
 
 from tokenprune_ext import cli_values as values
-from tokenprune_ext.cli_values import FILE
+from tokenprune_ext.cli_values import FILE, FOLDER
 
-FOLDER = click.Path(file_okay=False, path_type=Path)
 METHODS = "auto,tome,zero_tprune,evit,pomt,topk,random"  # what is compared unless one says otherwise
 
 

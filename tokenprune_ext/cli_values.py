@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
 _OUTSIDE_BRACKETS = r"(?![^(\[]*[)\]])"
 
 
@@ -101,7 +102,7 @@ def parse_method(text: str) -> Any:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise click.UsageError(f"method {text!r}: expected name:option=value, got {setting!r}")
-        options[key] = _literal(value)
+        options[key] = literal(value)
     with usage_error(TypeError, ValueError):
         return methods.create(name, **options)
 
@@ -207,7 +208,7 @@ def console() -> Any:
     return console if console.is_terminal else Console(width=200)
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
