@@ -12,7 +12,6 @@ import click
 
 from tokenprune_ext import __version__, cli_compare, cli_search, cli_visualize
 from tokenprune_ext import cli_values as values
-from tokenprune_ext.cli_values import FILE
 
 
 class _Group(click.Group):
@@ -33,7 +32,7 @@ def main() -> None:
 @values.model_options
 @click.option("--method", help="name[:option=value...]")
 @values.pruning_options
-@click.option("--schedule", type=FILE, help="Schedule file instead of --method.")
+@click.option("--schedule", type=values.ScheduleFile(), help="Schedule file or preset instead of --method.")
 def describe(model_name: str, img_size: int | None, method: str | None, schedule: Path | None, **how: Any) -> None:
     """Tokens and MACs of every block, of the dense model or as it is pruned."""
     if method is not None and schedule is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import random
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,8 +103,8 @@ def search(
         from tokenprune_ext.data import load_images, preprocessing
         from tokenprune_ext.loading import load_model
         from tokenprune_ext.macs import MacsShare
-        from tokenprune_ext.search import SearchError
         from tokenprune_ext.search import search as run
+        from tokenprune_ext.search.images import split_images
         from tokenprune_ext.search.space import Space
 
         if threads is not None:
@@ -117,7 +118,8 @@ def search(
             output.mkdir(parents=True, exist_ok=True)
         kind = getattr(torch, dtype)
         where = device or values.default_device()
-        searched, held_out = _halves(images, transform, holdout, seed, kind, where)
+        with values.usage_error(ValueError):
+            searched, held_out = split_images(images, transform, holdout, seed, kind, where)
         console = values.console()
         with Progress(console=console, transient=True) as progress:
             tasks: dict[float, Any] = {}
@@ -128,7 +130,7 @@ def search(
                     tasks[budget] = progress.add_task(text, total=trials)
                 progress.update(tasks[budget], completed=done, description=text)
 
-            try:
+            with values.usage_error(ValueError), _failed_search():
                 result = run(
                     model.to(where, kind),
                     space,
@@ -144,11 +146,19 @@ def search(
                     settings={"model": model_name, "data": str(data), "holdout": holdout, "seed": seed, "dtype": dtype},
                     on_progress=show,
                 )
-            except SearchError as error:
-                raise click.ClickException(str(error)) from error
         _write(output, result, ctx.obj)
         _print(console, result, f"{space.host.model}, {space.method.name}, {len(searched)} search images")
         click.echo(f"wrote {output}: search.json, front.png, " + ", ".join(map(_file, result.best)))
+
+
+@contextmanager
+def _failed_search() -> Iterator[None]:
+    from tokenprune_ext.search import SearchError
+
+    try:
+        yield
+    except SearchError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _tuned(text: str) -> tuple[str, list[Any]]:
@@ -156,24 +166,6 @@ def _tuned(text: str) -> tuple[str, list[Any]]:
     if not name or not equals:
         raise click.UsageError(f"--tune {text!r}: expected option=value|value")
     return name, [values.literal(choice) for choice in choices.split("|")]
-
-
-def _halves(images: Any, transform: Any, holdout: float, seed: int, dtype: Any, device: Any) -> tuple[Any, Any]:
-    """Inputs to search on, and inputs and labels to judge on; drawn at random."""
-    import torch
-    from torch.utils.data import Subset
-
-    from tokenprune_ext.data import batches
-
-    order = list(range(len(images)))
-    random.Random(seed).shuffle(order)
-    kept = round(holdout * len(order))
-    if kept == len(order):
-        raise click.UsageError(f"--holdout {holdout:g} leaves none of the {len(order)} images to search on")
-    loaded = list(batches(Subset(images, order), transform, 50))
-    inputs = torch.cat([batch for batch, _ in loaded]).to(device, dtype)
-    labels = torch.cat([labels for _, labels in loaded]).to(device)
-    return inputs[kept:], (inputs[:kept], labels[:kept]) if kept else None
 
 
 def _file(variant: Any) -> str:

@@ -16,6 +16,23 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 _OUTSIDE_BRACKETS = r"(?![^(\[]*[)\]])"
 
 
+class ScheduleFile(click.ParamType[Path]):
+    """A schedule file, or the name of a preset."""
+
+    name = "schedule"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        from tokenprune_ext import presets
+
+        if str(value) in presets.available() and not Path(value).exists():
+            return presets.FOLDER / f"{value}.json"
+        if not Path(value).is_file():
+            self.fail(
+                f"no file {str(value)!r}, and no preset of this name: {', '.join(presets.available())}", param, ctx
+            )
+        return Path(value)
+
+
 class Numbers(click.ParamType[tuple[float, ...]]):
     """Comma-separated numbers; with `low` and `high`, each in (low, high]."""
 
