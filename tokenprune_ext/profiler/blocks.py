@@ -76,7 +76,9 @@ class BlockTable:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BlockTable:
         """Undo :meth:`to_dict`, also after JSON."""
-        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
         return cls(**{**plain, "seconds": {kind: tuple(row) for kind, row in values["seconds"].items()}})
 
     @classmethod

@@ -50,9 +50,7 @@ class Records:
         differing = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
         if differing:
             said = "; ".join(f"{name}: {known.get(name)!r} there, {wanted.get(name)!r} now" for name in differing)
-            raise ProfileError(
-                f"{self} was made with another {section}: {said}. Give another output or the same values"
-            )
+            raise ProfileError(f"{self} was made with other {section}: {said}. Give those, or another output")
 
     def _write(self, record: dict[str, Any]) -> None:
         self._take(record)

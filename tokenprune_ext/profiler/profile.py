@@ -41,7 +41,8 @@ class BatchProfile:
         skipped: counts of the grid that were not measured.
         blocks: latencies of single blocks; None when they were not measured.
         margin: share of the dense latency by which a count had to be faster to be chosen.
-        choice: the count of the highest utility, and ``sweep`` for alpha = 0, 0.1, ..., 1; None and empty without images.
+        choice: the count of the highest utility; None without images.
+        sweep: the same for alpha = 0, 0.1, ..., 1; empty without images.
         schedule: what reproduces the choice.
     """
 
@@ -194,7 +195,9 @@ def _batch(
     settings = found.settings
     steps = find_steps(series)
     margin = _MARGIN * series.noise
-    choice, choices, schedule = None, (), None
+    choice: Choice | None = None
+    choices: tuple[Choice, ...] = ()
+    schedule: Schedule | None = None
     if found.accuracy:
         accuracy = found.accuracy_at(series.tokens)
         choice = choose(series.latency, accuracy, alpha=alpha, margin=margin)

@@ -28,8 +28,8 @@ class Settings:
         model: architecture name.
         input_size: height and width of the images, in pixels.
         num_prefix_tokens, num_patches, channels: see ``Host``.
-        mode: what is measured. ``deployed``: the model pruned by ``method``, choosing tokens included. ``paper``: random
-            token removal at the first layer, the same for every image, as in arXiv 2407.05941, section 3.
+        mode: what is measured. ``deployed``: the model pruned by ``method``, choosing tokens included. ``paper``:
+            random token removal at the first layer, the same for every image, as in arXiv 2407.05941, section 3.
         method, options: registered name of the method that a schedule is made for, and its options.
         layer: 0-based block where it prunes.
         dtype: of weights and images, e.g. ``bfloat16``.
@@ -163,7 +163,7 @@ class Settings:
         return stride_grid(self.min_tokens, self.num_patches, self.coarse or self.stride)
 
     def workload(self, batch_size: int, tokens: int) -> int:
-        """Batch size times tokens (prefix included) times channels: the workload size of arXiv 2407.05941, section 2."""
+        """Batch size times tokens (prefix included) times channels: the workload of arXiv 2407.05941."""
         return batch_size * (self.num_prefix_tokens + tokens) * self.channels
 
     def to_dict(self) -> dict[str, Any]:
