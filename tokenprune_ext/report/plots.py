@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from tokenprune_ext.compare import Row
 
 # Okabe and Ito's palette, told apart with any colour vision; markers repeat the distinction.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")  # one more than colours, so that no pair comes back soon
-_STYLE: Any = {
+STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -59,7 +59,7 @@ def _plot(rows: Sequence[Row], x: Callable[[Row], float], x_label: str, *, inver
     label, quality = _quality(rows)
     dense = rows[0]
     methods = list(dict.fromkeys(row.method for row in rows[1:]))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.2, 4.2), layout="constrained")
         axes: Any = figure.subplots()
         axes.axhline(quality(dense)[0], color="#6b7280", linewidth=1, linestyle=(0, (4, 3)))
@@ -71,8 +71,8 @@ def _plot(rows: Sequence[Row], x: Callable[[Row], float], x_label: str, *, inver
                 ys,
                 yerr=errors if any(errors) else None,
                 label=method,
-                color=_COLOURS[number % len(_COLOURS)],
-                marker=_MARKERS[(number + number // len(_COLOURS)) % len(_MARKERS)],  # no pair comes twice
+                color=COLOURS[number % len(COLOURS)],
+                marker=_MARKERS[(number + number // len(COLOURS)) % len(_MARKERS)],  # no pair comes twice
                 markersize=6,
                 linewidth=1.6,
                 capsize=2.5,
