@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from tokenprune_ext import __version__, cli_compare, cli_search, cli_visualize
+from tokenprune_ext import __version__, cli_compare, cli_profile, cli_search, cli_visualize
 from tokenprune_ext import cli_values as values
 
 
@@ -103,6 +103,7 @@ def info(as_json: bool) -> None:
 
 main.add_command(cli_compare.compare)
 main.add_command(cli_compare.demo)
+main.add_command(cli_profile.profile)
 main.add_command(cli_search.search)
 main.add_command(cli_visualize.visualize)
 

@@ -53,6 +53,19 @@ class Numbers(click.ParamType[tuple[float, ...]]):
         return numbers
 
 
+class Counts(click.ParamType[tuple[int, ...]]):
+    """Comma-separated whole numbers from 1 on, each once."""
+
+    name = "counts"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", value):
+            self.fail(f"{value!r}: expected whole numbers from 1 on, like 1,2,4", param, ctx)
+        return tuple(int(part) for part in value.split(","))
+
+
 class Keep(click.ParamType[Any]):
     """Keep ratios (numbers with a point) or counts of patch tokens (whole numbers), one or one per layer."""
 
