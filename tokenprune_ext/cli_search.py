@@ -47,6 +47,11 @@ class Budget(click.ParamType[float]):
 @click.option("--layers", type=values.Layers(), help="Blocks that may prune.  [default: all but the last]")
 @click.option("--tune", multiple=True, help="Option of the method to vary: name=value|value...; repeatable.")
 @click.option("--budget-macs", type=Budget(), multiple=True, help="0.65 or -35% of the blocks' MACs; repeatable.")
+@click.option(
+    "--budget-latency", type=Budget(), multiple=True, help="0.7 or -30% of the dense model's latency, estimated."
+)
+@click.option("--latency-batch-size", type=click.IntRange(1), default=1, help="Batch whose latency counts.")
+@click.option("--latency-seconds", type=click.FloatRange(0), default=30.0, help="For measuring whole models.")
 @click.option("--trials", type=click.IntRange(1), default=200, help="Schedules to try at each budget.")
 @click.option("--jobs", type=click.IntRange(1), default=1, help="Processes that try schedules side by side.")
 @values.preprocess_options
@@ -75,6 +80,9 @@ def search(
     layers: list[int] | None,
     tune: tuple[str, ...],
     budget_macs: tuple[float, ...],
+    budget_latency: tuple[float, ...],
+    latency_batch_size: int,
+    latency_seconds: float,
     trials: int,
     jobs: int,
     limit: int | None,
@@ -94,13 +102,14 @@ def search(
     """
     if (weights is None) == (not pretrained):
         raise click.UsageError("give either --weights FILE or --pretrained")
-    if not budget_macs:
-        raise click.UsageError("Missing option '--budget-macs'.")
+    if bool(budget_macs) == bool(budget_latency):
+        raise click.UsageError("give either --budget-macs or --budget-latency")
     with values.explained():
         import torch
         from rich.progress import Progress
 
-        from tokenprune_ext.data import load_images, preprocessing
+        from tokenprune_ext.data import load_images, preprocessing, read_class_names
+        from tokenprune_ext.environment import device_name
         from tokenprune_ext.loading import load_model
         from tokenprune_ext.macs import MacsShare
         from tokenprune_ext.search import search as run
@@ -112,7 +121,8 @@ def search(
         model = load_model(model_name, weights=weights, pretrained=pretrained, img_size=img_size)
         with values.usage_error(TypeError, ValueError):
             space = Space.of(model, values.parse_method(method), layers, dict(map(_tuned, tune)))
-        images = load_images(data, model.num_classes, class_names=None, unlabelled=unlabelled).choose(limit, seed)  # type: ignore[arg-type]
+        names = None if labels is None else read_class_names(labels)
+        images = load_images(data, int(model.num_classes), class_names=names, unlabelled=unlabelled).choose(limit, seed)  # type: ignore[arg-type]
         _, transform = preprocessing(model, img_size=img_size, **preprocess)
         with values.usage_error(OSError, prefix="cannot write to the output folder: "):
             output.mkdir(parents=True, exist_ok=True)
@@ -120,22 +130,36 @@ def search(
         where = device or values.default_device()
         with values.usage_error(ValueError):
             searched, held_out = split_images(images, transform, holdout, seed, kind, where)
+        model = model.to(where, kind)
+        cost: Any = MacsShare(model)
+        sample = searched[:1].expand(latency_batch_size, -1, -1, -1).contiguous()
+        if budget_latency:
+            cost = _latency(output / "latency.json", model, space, sample, latency_seconds)
+        unit = "latency" if budget_latency else "MACs"
+        settings = {
+            "model": model_name,
+            "data": str(data),
+            "holdout": holdout,
+            "seed": seed,
+            "dtype": dtype,
+            "unit": unit,
+        }
         console = values.console()
         with Progress(console=console, transient=True) as progress:
             tasks: dict[float, Any] = {}
 
             def show(budget: float, done: int, least: float | None) -> None:
-                text = f"{budget:.1%} of the MACs" + ("" if least is None else f", KL {least:.4f}")
+                text = f"{budget:.1%} of the {unit}" + ("" if least is None else f", KL {least:.4f}")
                 if budget not in tasks:
                     tasks[budget] = progress.add_task(text, total=trials)
                 progress.update(tasks[budget], completed=done, description=text)
 
             with values.usage_error(ValueError), _failed_search():
                 result = run(
-                    model.to(where, kind),
+                    model,
                     space,
-                    MacsShare(model),
-                    budget_macs,
+                    cost,
+                    budget_macs or budget_latency,
                     searched,
                     storage=output / "trials.db",
                     held_out=held_out,
@@ -143,10 +167,16 @@ def search(
                     batch_size=batch_size,
                     jobs=jobs,
                     seed=seed,
-                    settings={"model": model_name, "data": str(data), "holdout": holdout, "seed": seed, "dtype": dtype},
+                    settings=settings,
                     on_progress=show,
                 )
-        _write(output, result, ctx.obj)
+        checked = None
+        if budget_latency:
+            checked = cost.check(model, [best.schedule for best in result.best], sample, latency_seconds)
+            for best, measured in zip(result.best, checked, strict=True):
+                click.echo(f"of the dense latency: estimated {best.cost:.1%}, measured {measured:.1%}")
+        origin = {"command": ctx.obj} | ({"device": device_name(torch.device(where))} if budget_latency else {})
+        _write(output, result, origin, unit, checked)
         _print(console, result, f"{space.host.model}, {space.method.name}, {len(searched)} search images")
         click.echo(f"wrote {output}: search.json, front.png, " + ", ".join(map(_file, result.best)))
 
@@ -172,17 +202,29 @@ def _file(variant: Any) -> str:
     return f"schedule-{variant.budget:g}.json"
 
 
-def _write(output: Path, result: SearchResult, command: str) -> None:
+def _latency(path: Path, model: Any, space: Any, sample: Any, seconds: float) -> Any:
+    """What was measured when this search began; measured now if it begins now."""
+    from tokenprune_ext.search.latency import LatencyShare
+
+    if path.exists():
+        return LatencyShare.load(path, model)
+    click.echo("measuring the latency of the blocks and of some pruned models", err=True)
+    found = LatencyShare.measure(model, space, sample, seconds)
+    found.save(path)
+    return found
+
+
+def _write(output: Path, result: SearchResult, origin: dict[str, str], unit: str, measured: list[float] | None) -> None:
     from dataclasses import replace
 
     from tokenprune_ext.report.front import front_figure
 
     for variant in result.best:
-        origin = {"command": command, **variant.schedule.origin}
-        replace(variant.schedule, origin=origin).save(output / _file(variant))
-    content = json.dumps({"command": command, **result.to_dict()}, indent=2)
+        replace(variant.schedule, origin={**origin, **variant.schedule.origin}).save(output / _file(variant))
+    content = json.dumps({**origin, "unit": unit, "measured": measured, **result.to_dict()}, indent=2)
     (output / "search.json").write_text(content + "\n", "utf-8")
-    front_figure(output / "front.png", result, "MACs of the blocks and of scoring, % of dense")
+    label = {"MACs": "MACs of the blocks and of scoring", "latency": "estimated latency"}[unit]
+    front_figure(output / "front.png", result, f"{label}, % of dense")
 
 
 def _print(console: Any, result: SearchResult, title: str) -> None:

@@ -62,7 +62,7 @@ def test_without_labels_and_without_holdout(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "Missing option '--budget-macs'"),
+        ([], "give either --budget-macs or --budget-latency"),
         (["--budget-macs", "-35"], "'-35' leaves -35 of the dense model: expected a share in (0, 1]"),
         (["--budget-macs=-100%"], "'-100%' leaves 0 of the dense model"),
         (["--budget-macs", "a third"], "'a third': expected a share like 0.65 or a saving like -35%"),
