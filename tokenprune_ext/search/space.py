@@ -108,9 +108,10 @@ class Space:
                     counts[layer] = entering = kept
             return counts
 
-        if cost(at(0.0), method) > budget:
-            return None
-        return at(largest(lambda strength: cost(at(strength), method) <= budget))
+        def holds(strength: float) -> bool:
+            return cost(at(strength), method) <= budget
+
+        return at(largest(holds)) if holds(1.0) or holds(0.0) else None
 
     def uniform(self) -> dict[str, dict[int, float]]:
         """Directions a person would try: the same ratio at some usual sets of blocks."""
