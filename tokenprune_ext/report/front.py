@@ -42,7 +42,8 @@ def front_figure(path: Path, result: SearchResult, cost_label: str) -> None:
                     capsize=3,
                     label=f"{name}, held-out images",
                 )
-        axes.set_yscale("log")
+        if any(trial.kl > 0 for trial in result.front):
+            axes.set_yscale("log")
         axes.set_xlabel(cost_label)
         axes.set_ylabel("mean KL(dense || pruned), nats")
         axes.legend(frameon=False)
