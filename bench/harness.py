@@ -17,11 +17,11 @@ from typing import Any
 
 import click
 import torch
-from cuda_graph import cuda_graph
 from floors import rates
 from rich.console import Console
 from rich.table import Table
 
+from tokenprune_ext.cuda_graph import cuda_graph
 from tokenprune_ext.environment import environment
 from tokenprune_ext.info import has_kernel
 from tokenprune_ext.latency import quantile, time_in_turns

@@ -10,9 +10,8 @@ from typing import Any
 
 import click
 
-from tokenprune_ext import __version__, cli_compare, cli_predict, cli_visualize
+from tokenprune_ext import __version__, cli_compare, cli_predict, cli_profile, cli_search, cli_visualize
 from tokenprune_ext import cli_values as values
-from tokenprune_ext.cli_values import FILE
 
 
 class _Group(click.Group):
@@ -33,7 +32,7 @@ def main() -> None:
 @values.model_options
 @click.option("--method", help="name[:option=value...]")
 @values.pruning_options
-@click.option("--schedule", type=FILE, help="Schedule file instead of --method.")
+@click.option("--schedule", type=values.ScheduleFile(), help="Schedule file or preset instead of --method.")
 def describe(model_name: str, img_size: int | None, method: str | None, schedule: Path | None, **how: Any) -> None:
     """Tokens and MACs of every block, of the dense model or as it is pruned."""
     if method is not None and schedule is not None:
@@ -105,6 +104,8 @@ def info(as_json: bool) -> None:
 main.add_command(cli_compare.compare)
 main.add_command(cli_compare.demo)
 main.add_command(cli_predict.predict)
+main.add_command(cli_profile.profile)
+main.add_command(cli_search.search)
 main.add_command(cli_visualize.visualize)
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ from typing import Any
 import click
 
 from tokenprune_ext import cli_values as values
-from tokenprune_ext.cli_values import FILE
+from tokenprune_ext.cli_values import FILE, FOLDER
 
-FOLDER = click.Path(file_okay=False, path_type=Path)
 METHODS = "auto,tome,zero_tprune,evit,pomt,topk,random"  # what is compared unless one says otherwise
 
 
@@ -34,7 +33,13 @@ METHODS = "auto,tome,zero_tprune,evit,pomt,topk,random"  # what is compared unle
     default="0.8,0.64,0.54",
     help="Shares of the blocks' MACs to keep, scoring charged.",
 )
-@click.option("--schedule", "schedules", type=FILE, multiple=True, help="Schedule file as a further row; repeatable.")
+@click.option(
+    "--schedule",
+    "schedules",
+    type=values.ScheduleFile(),
+    multiple=True,
+    help="Schedule file as a further row; repeatable.",
+)
 @values.preprocess_options
 @click.option("--batch-size", type=click.IntRange(1), default=32)
 @click.option("--limit", type=click.IntRange(1), help="At most so many images, balanced over the classes.")

@@ -16,7 +16,7 @@ from tokenprune_ext.cli_values import FILE
 @click.command()
 @values.model_options
 @click.option("--on", "device", required=True, help="a100, a100-40gb, orin, tx2, h100, h200, or a JSON file.")
-@click.option("--batch-sizes", type=values.BatchSizes(), default="1,2,4", help="Images at a time, one or more.")
+@click.option("--batch-sizes", type=values.Counts(), default="1,2,4", help="Images at a time, one or more.")
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16", "tf32", "float32"]),
@@ -30,7 +30,7 @@ from tokenprune_ext.cli_values import FILE
     default=0.01,
     help="How much an edge falls, as a share of the unpruned latency.",
 )
-@click.option("--measured", type=FILE, help="Profile to compare with: CSV or JSON lines of tokens and latency_s.")
+@click.option("--measured", type=FILE, help="profile.json to compare with, or CSV or JSON lines of tokens, latency_s.")
 @click.option("--tolerance", type=click.IntRange(0), default=2, help="Tokens between an edge and a measured one.")
 @click.option(
     "--output",
@@ -62,14 +62,14 @@ def predict(
         from tokenprune_ext.loading import load_model
         from tokenprune_ext.profiler import fit
         from tokenprune_ext.profiler.device import DeviceError, load_device
-        from tokenprune_ext.profiler.plots import overlay_figure, prediction_figure
         from tokenprune_ext.profiler.predict import SOURCE
         from tokenprune_ext.profiler.predict import predict as run
+        from tokenprune_ext.profiler.predict_plots import overlay_figure, prediction_figure
 
         found = None
         with values.usage_error(DeviceError, TypeError, ValueError):
             described = load_device(device)
-            profile = None if measured is None else fit.read_measured(measured)
+            profile = None if measured is None else fit.read_measured(measured, batch_sizes[0])
             with torch.device("meta"):  # shapes are enough
                 model = load_model(model_name, img_size=img_size)
             predictions = [

@@ -12,7 +12,25 @@ from typing import Any
 import click
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
 _OUTSIDE_BRACKETS = r"(?![^(\[]*[)\]])"
+
+
+class ScheduleFile(click.ParamType[Path]):
+    """A schedule file, or the name of a preset."""
+
+    name = "schedule"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        from tokenprune_ext import presets
+
+        if str(value) in presets.available() and not Path(value).exists():
+            return presets.FOLDER / f"{value}.json"
+        if not Path(value).is_file():
+            self.fail(
+                f"no file {str(value)!r}, and no preset of this name: {', '.join(presets.available())}", param, ctx
+            )
+        return Path(value)
 
 
 class Numbers(click.ParamType[tuple[float, ...]]):
@@ -33,6 +51,19 @@ class Numbers(click.ParamType[tuple[float, ...]]):
             if (self.low is not None and not number > self.low) or (self.high is not None and not number <= self.high):
                 self.fail(f"{number:g} is not in ({self.low:g}, {self.high:g}]", param, ctx)
         return numbers
+
+
+class Counts(click.ParamType[tuple[int, ...]]):
+    """Comma-separated whole numbers from 1 on, each once."""
+
+    name = "counts"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", value):
+            self.fail(f"{value!r}: expected whole numbers from 1 on, like 1,2,4", param, ctx)
+        return tuple(int(part) for part in value.split(","))
 
 
 class Keep(click.ParamType[Any]):
@@ -63,19 +94,6 @@ class Layers(click.ParamType[list[int]]):
         if not re.fullmatch(r"\d+(,\d+)*", value):
             self.fail(f"{value!r}: expected 0-based block indices like 3,6,9", param, ctx)
         return [int(part) for part in value.split(",")]
-
-
-class BatchSizes(click.ParamType[tuple[int, ...]]):
-    """Comma-separated numbers of images, each once."""
-
-    name = "batch sizes"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", value):
-            self.fail(f"{value!r}: expected numbers of images like 1,2,4", param, ctx)
-        return tuple(dict.fromkeys(int(part) for part in value.split(",")))
 
 
 class Device(click.ParamType[Any]):
@@ -114,7 +132,7 @@ def parse_method(text: str) -> Any:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise click.UsageError(f"method {text!r}: expected name:option=value, got {setting!r}")
-        options[key] = _literal(value)
+        options[key] = literal(value)
     with usage_error(TypeError, ValueError):
         return methods.create(name, **options)
 
@@ -220,7 +238,7 @@ def console() -> Any:
     return console if console.is_terminal else Console(width=200)
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

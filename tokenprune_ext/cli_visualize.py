@@ -22,7 +22,13 @@ _MACS = 0.64
 @click.option("--pretrained", is_flag=True, help="Take the weights from the hub.")
 @click.option("--methods", default="topk,zero_tprune,tome,peaks", help="name[:option=value...], separated by commas.")
 @values.pruning_options
-@click.option("--schedule", "schedules", type=FILE, multiple=True, help="Schedule file as a further row; repeatable.")
+@click.option(
+    "--schedule",
+    "schedules",
+    type=values.ScheduleFile(),
+    multiple=True,
+    help="Schedule file as a further row; repeatable.",
+)
 @click.option("--labels", type=FILE, help="Names of the classes in the model's order, one per line.")
 @values.preprocess_options
 @click.option("--limit", type=click.IntRange(1), default=4, help="At most so many images of a folder or list.")

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from .macs import block_costs, blocks_macs
-from .methods import Dense, Method
+from .macs import MacsShare
+from .methods import Method
 from .patch import Host
 
 
@@ -60,24 +60,20 @@ def counts_from_macs(
 ) -> dict[int, int]:
     """Bisect for the costliest of the method's plans within the target."""
     target = _check_ratio("macs", macs)
-    costs = block_costs(model)
-    dense = sum(map(sum, blocks_macs(costs, host, {}, Dense())))
-
-    def share(counts: dict[int, int]) -> float:
-        return sum(map(sum, blocks_macs(costs, host, counts, method))) / dense
+    share = MacsShare(model)
 
     def at(strength: float) -> dict[int, int]:
         return method.plan(strength, layers, host.num_patches)
 
-    if share(at(0.0)) > target:
+    if share(at(0.0), method) > target:
         raise ValueError(
             f"macs={target} is out of reach: {method.name} at layers {list(layers)} cannot go below "
-            f"{share(at(0.0)):.3f} of the dense model"
+            f"{share(at(0.0), method):.3f} of the dense model"
         )
-    return at(_largest(lambda strength: share(at(strength)) <= target))
+    return at(largest(lambda strength: share(at(strength), method) <= target))
 
 
-def _largest(holds: Callable[[float], bool]) -> float:
+def largest(holds: Callable[[float], bool]) -> float:
     """The largest ratio in [0, 1] for which a monotone condition holds that holds at 0."""
     if holds(1.0):
         return 1.0

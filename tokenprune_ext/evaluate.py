@@ -75,7 +75,7 @@ def evaluate(
         labels = labels.to(device)
         reference: Tensor | None = None
         for name, model in models.items():
-            log_p = _log_probabilities(model, images, name, seen)
+            log_p = log_probabilities(model, images, name, seen)
             if reference is None:
                 reference = log_p
             _record(tallies[name], log_p, reference, labels)
@@ -88,8 +88,17 @@ def evaluate(
     return {name: _summary(tally, base) for name, tally in tallies.items()}
 
 
-def _log_probabilities(model: nn.Module, images: Tensor, name: str, first: int) -> Tensor:
-    """Log of the class distribution [B, classes], float32 or better."""
+def log_probabilities(model: nn.Module, images: Tensor, name: str, first: int) -> Tensor:
+    """Log of the class distribution [B, classes] of one batch, float32 or better.
+
+    Args:
+        model, images: the classifier and its input [B, 3, H, W].
+        name: what messages call the model.
+        first: number of the batch's first image, for messages.
+
+    Raises:
+        EvaluationError: an output that is no [B, classes] tensor, or a score that is not finite.
+    """
     with torch.inference_mode():
         logits = model(images)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
@@ -104,13 +113,18 @@ def _log_probabilities(model: nn.Module, images: Tensor, name: str, first: int) 
     return logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32).log_softmax(dim=1)
 
 
+def divergence(reference: Tensor, log_p: Tensor) -> Tensor:
+    """KL(reference || model) of every image [B], in nats, float64, from log probabilities [B, classes]."""
+    kl = (reference.exp() * (reference - log_p)).sum(dim=1)
+    return kl.clamp_min(0).double()  # rounding can leave a hair below 0
+
+
 def _record(tally: _Tally, log_p: Tensor, reference: Tensor, labels: Tensor) -> None:
     best = log_p.argmax(dim=1)
     hit = torch.where(labels >= 0, (best == labels).double(), torch.nan)
     tally.hit.append(hit.cpu())
     tally.agrees.append((best == reference.argmax(dim=1)).double().cpu())
-    kl = (reference.exp() * (reference - log_p)).sum(dim=1)
-    tally.kl.append(kl.clamp_min(0).double().cpu())  # rounding can leave a hair below 0
+    tally.kl.append(divergence(reference, log_p).cpu())
 
 
 def _summary(tally: _Tally, base: Tensor) -> Accuracy:

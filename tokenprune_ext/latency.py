@@ -19,6 +19,8 @@ from torch import Tensor, nn
 _WARM_UPS = 2
 _MIN_ROUNDS = 3
 
+Clock = Callable[[Callable[[], object]], float]  # makes a call and says how many seconds it took
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -45,9 +47,10 @@ class Latency:
 def time_in_turns(
     calls: Mapping[str, Callable[[], object]],
     *,
-    cuda: bool,
+    cuda: bool = False,
     budget_s: float,
     on_time: Callable[[float], None] | None = None,
+    clock: Clock | None = None,
 ) -> dict[str, list[float]]:
     """Time calls round by round in turn, so that drift of the machine meets all of them alike.
 
@@ -57,12 +60,13 @@ def time_in_turns(
             that holds nothing of its inputs.
         budget_s: seconds to spend on rounds, after warm-up; at least three rounds are made.
         on_time: called after each round with the seconds spent so far.
+        clock: what times a call; by default the one of :func:`clock_of`.
 
     Returns:
         The times of every call, in seconds, one a round.
     """
     names = list(calls)
-    clock = _CudaClock() if cuda else _time_on_cpu
+    clock = clock or clock_of(cuda)
     times: dict[str, list[float]] = {name: [] for name in names}
     for call in calls.values():
         for _ in range(_WARM_UPS):
@@ -77,6 +81,11 @@ def time_in_turns(
         if on_time is not None:
             on_time(time.perf_counter() - start)
     return times
+
+
+def clock_of(cuda: bool) -> Clock:
+    """The clock of the current CUDA device, or of the host."""
+    return _CudaClock() if cuda else _time_on_cpu
 
 
 def measure_latency(

@@ -11,17 +11,15 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .methods import Dense, Method
 from .patch import Host, HostAdapter, Projected, adapter_of, inspect_host
-
-if TYPE_CHECKING:
-    from .methods import Method
 
 Found = TypeVar("Found")
 
@@ -97,6 +95,28 @@ def blocks_macs(costs: list[BlockCost], host: Host, keep: Mapping[int, int], met
         result.append((cost.macs(tokens, after if method.where == "attention" else tokens), scoring))
         tokens = after
     return result
+
+
+class MacsShare:
+    """What a schedule costs: MACs of a model's blocks, over those of the dense blocks.
+
+    Args:
+        model: the model, patched or not.
+        scoring: charge choosing and merging; the papers' tables do not.
+    """
+
+    def __init__(self, model: nn.Module, *, scoring: bool = True) -> None:
+        self._scoring = scoring
+        self._costs, self._host = block_costs(model), inspect_host(model)
+        self._dense = self._total({}, Dense())
+
+    def __call__(self, keep: Mapping[int, int], method: Method) -> float:
+        """The share under these keep counts (block -> patch tokens that leave it)."""
+        return self._total(keep, method) / self._dense
+
+    def _total(self, keep: Mapping[int, int], method: Method) -> int:
+        blocks = blocks_macs(self._costs, self._host, keep, method)
+        return sum(macs + scoring * self._scoring for macs, scoring in blocks)
 
 
 def outside_macs(model: nn.Module, tokens: int) -> int:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from host_models import make_host
 from profiler.paper_devices import tiny_device
 
+from tokenprune_ext.profiler.edges import Edge
 from tokenprune_ext.profiler.fit import Measured, match, read_measured
 from tokenprune_ext.profiler.predict import Prediction, predict
+from tokenprune_ext.profiler.profile import BatchProfile
+from tokenprune_ext.profiler.series import Series
+from tokenprune_ext.profiler.steps import Step
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +112,34 @@ def test_damaged_files(tmp_path: Path, text, said):
     path.write_text(text)
     with pytest.raises(ValueError, match=said):
         read_measured(path)
+
+
+def profile_file(tmp_path: Path) -> Path:
+    """As `tokenprune profile` writes it, by the class that it has for it."""
+    steps = (Step(7, 8, 5.0, 0.5, 9.0), Step(10, 11, -1.0, -0.1, 6.0), Step(14, 15, 0.1, 0.005, 5.0))
+    batches = []
+    for size in (2, 4):
+        tokens = tuple(range(1, 17))
+        same = (0.01,) * 16
+        median = tuple(size * (10.0 + 5 * (count > 7)) for count in tokens)
+        series = Series("model", size, tokens, median, median, median, same, (5,) * 16, 0.01)
+        batches.append(BatchProfile(size, series, tokens, steps, "", (), None, 0.03, None, (), None))
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps({"batches": [asdict(batch) for batch in batches]}, indent=1))
+    return path
+
+
+def test_the_profile_of_the_profiler(predicted, tmp_path):
+    """Its own steps are used, those that fall by enough as tokens are pruned."""
+    measured = read_measured(profile_file(tmp_path), 4)
+    assert measured.tokens == tuple(range(1, 17))
+    assert measured.latency_s == (40.0,) * 7 + (60.0,) * 9
+    assert measured.edges == (Edge(7, 8, 5 / 60), Edge(14, 15, 0.1 / 60))
+    found = match(predicted, measured)
+    assert (found.measured, found.matched) == ((7,), ((7, 7),))
+    assert match(predicted, measured, min_fall=0.001).measured == (7, 14)
+    with pytest.raises(ValueError, match="has no batch size 1; it has: 2, 4"):
+        read_measured(profile_file(tmp_path))
 
 
 def test_no_file(tmp_path: Path):

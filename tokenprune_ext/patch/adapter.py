@@ -7,34 +7,11 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from .host import Host, UnsupportedModelError
 from .mixin import Mixin
-
-
-class Projected(NamedTuple):
-    """Queries, keys and values of a block, ready for attention.
-
-    Attributes:
-        q: ``[B, H, Q, d]``, of the first Q tokens; Q is N unless only some queries were asked for.
-        k: ``[B, H, N, d]``.
-        v: ``[B, H, N, d]``.
-        scale: factor of the logits.
-        bias: added to the logits, ``[1 or B, H, Q, N]``; None for nothing.
-        dropout: probability of dropping an attention weight.
-        fused: whether the block uses torch's fused attention.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float
-    bias: Tensor | None = None
-    dropout: float = 0.0
-    fused: bool = True
+from .projection import Projected, attend
 
 
 class HostAdapter(ABC):
@@ -124,22 +101,6 @@ class HostAdapter(ABC):
     def unpatchable(self, block: nn.Module) -> str | None:
         """Why a block cannot be patched as it is now (hooks inside it that would not run); None when it can."""
         return None
-
-
-def attend(p: Projected, bias: Tensor | None) -> Tensor:
-    """Output of every head, ``[B, H, Q, d]``; ``bias`` ``[B, 1, 1, N]`` comes on top of the block's own."""
-    if p.bias is not None:
-        bias = p.bias if bias is None else p.bias + bias
-    if p.fused:
-        return scaled_dot_product_attention(p.q, p.k, p.v, attn_mask=bias, dropout_p=p.dropout, scale=p.scale)
-    logits = (p.q * p.scale) @ p.k.transpose(-2, -1)
-    weights = (logits if bias is None else logits + bias).softmax(dim=-1)
-    return torch.dropout(weights, p.dropout, train=p.dropout > 0) @ p.v
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """``[B, N, heads * d]`` -> ``[B, heads, N, d]``."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 AdapterClass = TypeVar("AdapterClass", bound=type[HostAdapter])

@@ -8,10 +8,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from .adapter import HostAdapter, Projected
+from .adapter import HostAdapter
 from .context import AttentionContext, Reduced
 from .host import Host
 from .mixin import Mixin
+from .projection import Projected
 from .sources import compose, landing_positions, record
 from .state import TokenState, log_size
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from timm.models import beit
 from torch import Tensor, nn
 
-from .adapter import Parts, Projected, register_host
-from .timm_vit import BRANCHES, TimmViT, fused_projection, separate_bias
+from .adapter import Parts, register_host
+from .projection import Projected, fused_projection
+from .timm_vit import BRANCHES, TimmViT, separate_bias
 
 _BIAS = {"relative_position_bias_table", "relative_position_index"}
 

@@ -10,8 +10,9 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models import eva
 from torch import Tensor, nn
 
-from .adapter import Parts, Projected, register_host, split_heads
-from .timm_vit import BRANCHES, TimmViT, fused_projection, separate_bias
+from .adapter import Parts, register_host
+from .projection import Projected, fused_projection, split_heads
+from .timm_vit import BRANCHES, TimmViT, separate_bias
 
 _BLOCK = Parts(BRANCHES, own={"gamma_1", "gamma_2"})
 _ATTENTION = Parts(

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from .adapter import HostAdapter, Parts, Projected, check_parts, kind_of, register_host, split_heads, unsupported
+from .adapter import HostAdapter, Parts, check_parts, kind_of, register_host, unsupported
 from .host import Host
 from .mixin import Mixin, dense_class
+from .projection import Projected, fused_projection
 from .timm_features import FullGridFeatures
 
 BRANCHES = {"norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2"}
@@ -145,26 +145,6 @@ class TimmViT(HostAdapter):
         check_parts(f"{name}.attn", attn, self.attentions[type(attn)])
         if getattr(attn, "qkv_bias_separate", False):
             raise unsupported(f"{name}.attn", "qkv_bias_separate")
-
-
-def fused_projection(
-    x: Tensor, qkv: nn.Module, heads: int, queries: int, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries ``[B, H, queries, d]``, keys and values ``[B, H, N, d]`` of tokens ``[B, N, C]``, by one linear layer.
-
-    Asked for few queries, it multiplies the rest of the tokens with the weights of keys and values alone; a layer that
-    is not a plain linear one (an adapter, a quantised layer) is run whole. ``bias`` stands in for one of the layer.
-    """
-    if queries == x.shape[1] or type(qkv) is not nn.Linear:
-        out = qkv(x) if bias is None else F.linear(x, qkv.weight, bias)  # type: ignore[arg-type]
-        q, k, v = out.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return q[:, :, :queries], k, v
-    width = qkv.out_features // 3
-    bias = qkv.bias if bias is None else bias
-    q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-    q = split_heads(F.linear(x[:, :queries], qkv.weight[:width], q_bias), heads)
-    k, v = split_heads(F.linear(x, qkv.weight[width:], kv_bias), 2 * heads).chunk(2, 1)
-    return q, k, v
 
 
 def separate_bias(attn: Any) -> Tensor | None:

@@ -12,9 +12,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapter import HostAdapter, Parts, Projected, check_parts, kind_of, register_host, split_heads, unsupported
+from .adapter import HostAdapter, Parts, check_parts, kind_of, register_host, unsupported
 from .host import Host
 from .mixin import dense_class
+from .projection import Projected, split_heads
 
 
 class _Layer(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -23,10 +24,17 @@ TOLERANCE = 2
 
 @dataclass(frozen=True)
 class Measured:
-    """Latencies in seconds against the patch tokens that leave the pruning layer; counts ascend, none comes twice."""
+    """A measured staircase.
+
+    Attributes:
+        tokens: patch tokens that leave the pruning layer, ascending, none twice.
+        latency_s: latencies in seconds.
+        edges: those that were found against the noise of the measurement; None where nobody looked.
+    """
 
     tokens: tuple[int, ...]
     latency_s: tuple[float, ...]
+    edges: tuple[Edge, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,8 @@ def match(
         measured: what was measured; only counts that the prediction has are compared.
         tolerance: how many tokens apart a predicted and a measured edge may be. Where not every count was measured, a
             measured edge is anywhere between two of them.
-        min_fall: see :func:`~tokenprune_ext.profiler.edges.find_edges`; of the measured edges.
+        min_fall: how much a measured edge falls at least, as a share of the latency at most tokens. Where the
+            measurement has no edges of its own, they are found like the predicted ones.
 
     Raises:
         ValueError: fewer than two of the measured counts are in the prediction.
@@ -72,7 +81,10 @@ def match(
     if len(common) < 2:
         raise ValueError(f"the measured profile has {len(common)} of the predicted token counts; it needs two or more")
     tokens, latency = [n for n, _ in common], [s for _, s in common]
-    found = find_edges(tokens, latency, min_fall)
+    if measured.edges is None:
+        found = find_edges(tokens, latency, min_fall)
+    else:
+        found = [edge for edge in measured.edges if edge.fall >= min_fall]
     edges = [edge for edge in prediction.edges if tokens[0] <= edge.tokens < tokens[-1]]
     pairs = _pairs(edges, found, tolerance)
     return Match(
@@ -86,18 +98,25 @@ def match(
     )
 
 
-def read_measured(path: str | Path) -> Measured:
-    """A profile from CSV with a header, or from JSON lines: ``tokens`` and ``latency_s``, and any other fields.
+def read_measured(path: str | Path, batch_size: int = 1) -> Measured:
+    """A profile: ``profile.json`` of ``tokenprune profile``, or CSV with a header, or JSON lines.
 
-    Where a count comes several times, the median of its latencies is taken.
+    The latter two have ``tokens`` and ``latency_s``, and any other fields. Where a count comes several times, the
+    median of its latencies is taken.
 
     Raises:
-        ValueError: an unreadable file, a field that is missing, or an impossible value; the message names the record.
+        ValueError: an unreadable file, no such batch size, a field that is missing, or an impossible value; the message
+            names the record.
     """
     try:
         text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
+    content = None
+    with contextlib.suppress(ValueError):  # JSON lines and CSV are no JSON
+        content = json.loads(text)
+    if isinstance(content, dict) and "batches" in content:
+        return _of_profile(content, batch_size, path)
     seconds: dict[int, list[float]] = defaultdict(list)
     for number, row in enumerate(_rows(text, path), 1):
         try:
@@ -111,6 +130,18 @@ def read_measured(path: str | Path) -> Measured:
         raise ValueError(f"{path} has no records")
     counts = tuple(sorted(seconds))
     return Measured(counts, tuple(median(seconds[count]) for count in counts))
+
+
+def _of_profile(content: dict[str, Any], batch_size: int, path: str | Path) -> Measured:
+    """One batch size of a profile, with its steps where more tokens are slower."""
+    batches = {batch["batch_size"]: batch for batch in content["batches"]}
+    if batch_size not in batches:
+        known = ", ".join(str(size) for size in batches)
+        raise ValueError(f"{path} has no batch size {batch_size}; it has: {known}")
+    series, steps = batches[batch_size]["series"], batches[batch_size]["steps"]
+    whole = series["median_s"][-1]
+    edges = tuple(Edge(s["below"], s["above"], s["jump_s"] / whole) for s in steps if s["jump_s"] > 0)
+    return Measured(tuple(series["tokens"]), tuple(series["median_s"]), edges)
 
 
 def _rows(text: str, path: str | Path) -> Iterable[Mapping[str, Any]]:

@@ -1,87 +1,174 @@
-"""Predicted staircases as a PNG: a panel a batch size, alone or over a measured one."""
+"""Figures of a profile: staircase, accuracy, utility, blocks. Sizes and text are those of a printed column."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import io
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tokenprune_ext.report.plots import COLOURS, STYLE
 
-from .fit import Match, Measured
-from .predict import SOURCE, Prediction
+from .blocks import BlockTable
+from .profile import BatchProfile, Profile
+from .utility import utilities
 
-_PREDICTED, _MEASURED = COLOURS[0], COLOURS[1]
-_INCHES = (6.6, 3.0)  # of a panel
+Prediction = Sequence[tuple[int, float]]  # (patch tokens, seconds)
 
-
-def prediction_figure(path: Path, predictions: Sequence[Prediction], dpi: int = 150) -> None:
-    """The staircase of each prediction in milliseconds, with its edges; a panel each, from top to bottom."""
-    figure, panels = _panels(len(predictions))
-    for panel, prediction in zip(panels, predictions, strict=True):
-        _stairs(panel, prediction, 1e3, f"predicted, batch {prediction.batch_size}")
-        panel.set_ylabel("latency, ms")
-        panel.legend(frameon=False, fontsize=9, loc="upper left")
-    first = predictions[0]
-    _finish(figure, panels, first, f"{first.model}, {first.device}, {first.dtype}\n{SOURCE}", path, dpi)
+_BLUE, _RED, _GREEN, _PINK = COLOURS[:4]
+_INK = "#111827"
+_DPI = 220
+_FEW = 8  # steps up to which each is labelled
+_TOKENS = "patch tokens kept"
 
 
-def overlay_figure(path: Path, prediction: Prediction, measured: Measured, found: Match, dpi: int = 150) -> None:
-    """A prediction and a measurement, each as a share of its latency at most tokens, with the edges of both."""
-    figure, (panel,) = _panels(1)
-    predicted = dict(zip(prediction.tokens, prediction.latency_s, strict=True))
-    seconds = {n: s for n, s in zip(measured.tokens, measured.latency_s, strict=True) if n in predicted}
-    most = max(seconds)
-    _stairs(panel, prediction, 1 / predicted[most], "predicted on paper")
-    shares = {count: seconds[count] / seconds[most] for count in seconds}
-    panel.plot(*zip(*shares.items(), strict=True), color=_MEASURED, linewidth=1.2, marker=".", markersize=3)
-    _mark(panel, found.measured, [shares[count] for count in found.measured], _MEASURED, "s", "measured")
-    panel.set_ylabel(f"latency, share of that at {most}")
-    panel.legend(frameon=False, fontsize=9, loc="upper left")
-    case = f"{prediction.model}, {prediction.device}, {prediction.dtype}, batch {prediction.batch_size}"
-    _finish(figure, [panel], prediction, f"{case}\n{_score(found)}", path, dpi)
+def staircase(profile: Profile, one: BatchProfile, predicted: Prediction = ()) -> bytes:
+    """Latency over tokens with its steps, the workload on a second axis, and a prediction, if there is one; PNG."""
 
-
-def _panels(count: int) -> tuple[Any, list[Any]]:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(_INCHES[0], _INCHES[1] * count + 0.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(count, 1, sharex=True, squeeze=False)
-    return figure, list(axes[:, 0])
-
-
-def _stairs(panel: Any, prediction: Prediction, scale: float, label: str) -> None:
-    latency = [seconds * scale for seconds in prediction.latency_s]
-    panel.plot(prediction.tokens, latency, color=_PREDICTED, linewidth=1.6, drawstyle="steps-pre")
-    at = dict(zip(prediction.tokens, latency, strict=True))
-    edges = [edge.tokens for edge in prediction.edges]
-    _mark(panel, edges, [at[count] for count in edges], _PREDICTED, "o", label)
-    # The largest falls get their count; all of them would run into each other.
-    for edge in sorted(prediction.edges, key=lambda edge: -edge.fall)[:6]:
-        panel.annotate(
-            str(edge.tokens), (edge.tokens, at[edge.tokens]), (3, -11), textcoords="offset points", fontsize=8
+    def draw(figure: Figure) -> None:
+        axes: Any = figure.subplots()
+        series, settings = one.series, profile.settings
+        axes.fill_between(
+            series.tokens,
+            [1e3 * t for t in series.q20_s],
+            [1e3 * t for t in series.q80_s],
+            color=_BLUE,
+            alpha=0.15,
+            linewidth=0,
+            label="20-80 % of the calls",
         )
-    panel.set_ylim(0, None)
+        if predicted:
+            tokens, seconds = zip(*sorted(predicted), strict=True)
+            axes.step(tokens, [1e3 * t for t in seconds], where="mid", color=_RED, linewidth=1.3, label="predicted")
+        axes.plot(
+            series.tokens, [1e3 * t for t in series.median_s], ".", color=_BLUE, markersize=4, label="measured, median"
+        )
+        for number, step in enumerate(one.steps):
+            place = (step.below + step.above) / 2
+            axes.axvline(place, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), label=None if number else "step")
+            if len(one.steps) <= _FEW:
+                text = f"{100 * step.relative:+.1f} %"
+                at = {"xy": (place, 0.02), "xycoords": ("data", "axes fraction")}
+                axes.annotate(
+                    text, **at, xytext=(2, 0), textcoords="offset points", fontsize=7.5, rotation=90, color=_INK
+                )
+        _mark_choice(axes, one, lambda tokens: 1e3 * series.latency[tokens])
+        axes.set_xlabel(_TOKENS)
+        axes.set_ylabel("latency, ms")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        prefix = settings.num_prefix_tokens
+        scale = one.batch_size * settings.channels / 1e3
+        top = axes.secondary_xaxis(
+            "top", functions=(lambda n: scale * (prefix + n), lambda workload: workload / scale - prefix)
+        )
+        top.set_xlabel("workload size B × N × C, thousands")
+        axes.legend(frameon=False, fontsize=8.5, loc="upper left")
+
+    return _png(draw)
 
 
-def _mark(panel: Any, counts: Sequence[int], heights: Sequence[float], colour: str, marker: str, label: str) -> None:
-    panel.plot(counts, heights, linestyle="", marker=marker, markersize=5, color=colour, label=f"{label}: edges")
+def accuracy(profile: Profile, one: BatchProfile) -> bytes:
+    """The accuracy proxy over tokens, with its standard error; PNG."""
+
+    def draw(figure: Figure) -> None:
+        axes: Any = figure.subplots()
+        tokens = list(profile.accuracy)
+        values = [100 * entry["value"] for entry in profile.accuracy.values()]
+        errors = [100 * entry["se"] for entry in profile.accuracy.values()]
+        band = [[v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1)]
+        axes.fill_between(tokens, *band, color=_GREEN, alpha=0.18, linewidth=0, label="± standard error")
+        axes.plot(tokens, values, ".-", color=_GREEN, markersize=5, linewidth=1.2, label="random removal")
+        at = profile.accuracy_at(one.series.tokens)
+        _mark_choice(axes, one, lambda count: 100 * at[count])
+        axes.set_xlabel(_TOKENS)
+        axes.set_ylabel(f"{next(iter(profile.accuracy.values()))['measure']}, %")
+        axes.legend(frameon=False, fontsize=8.5, loc="lower right")
+
+    return _png(draw)
 
 
-def _finish(figure: Any, panels: list[Any], prediction: Prediction, title: str, path: Path, dpi: int) -> None:
-    prefix = f", and {prediction.num_prefix_tokens} in front" if prediction.num_prefix_tokens else ""
-    panels[-1].set_xlabel(f"patch tokens that leave block {prediction.layer}{prefix}")
-    panels[-1].set_xlim(0, prediction.tokens[-1] * 1.02)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=dpi)
+def utility(profile: Profile, one: BatchProfile) -> bytes:
+    """U_L, U_A and U over tokens with the choice, and R over alpha; PNG."""
+
+    def draw(figure: Figure) -> None:
+        assert one.choice is not None
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        tokens = one.series.tokens
+        rows = utilities(one.series.latency, profile.accuracy_at(tokens), one.choice.alpha).values()
+        for place, (name, colour, width) in enumerate(
+            (("$U_L$, latency", _BLUE, 1.1), ("$U_A$, accuracy", _GREEN, 1.1), ("$U$", _INK, 1.6))
+        ):
+            left.plot(tokens, [row[place] for row in rows], color=colour, linewidth=width, label=name)
+        _mark_choice(left, one, lambda count: next(u[2] for n, u in zip(tokens, rows, strict=True) if n == count))
+        left.set_xlabel(_TOKENS)
+        left.set_ylabel(f"utility at α = {one.choice.alpha:g}")
+        left.set_ylim(0, 1.05)
+        left.legend(frameon=False, fontsize=8.5)
+        alphas, removed = zip(*((choice.alpha, choice.removed) for choice in one.sweep), strict=True)
+        right.step(alphas, removed, where="mid", color=_PINK, linewidth=1.4)
+        right.plot(alphas, removed, "o", color=_PINK, markersize=4)
+        right.set_xlabel("α, weight of latency")
+        right.set_ylabel("tokens removed, R")
+        right.set_ylim(bottom=-0.02 * profile.settings.num_patches)
+
+    return _png(draw, size=(7.6, 3.4))
 
 
-def _score(found: Match) -> str:
-    names = ("precision", "recall", "correlation")
-    values = [getattr(found, name) for name in names]
-    said = [f"{name} {'-' if value is None else f'{value:.2f}'}" for name, value in zip(names, values, strict=True)]
-    return f"edges within {found.tolerance} tokens: {', '.join(said)}"
+def blocks(profile: Profile, one: BatchProfile, table: BlockTable) -> bytes:
+    """Latency of a block over tokens, and of every block of the dense and of the chosen model; PNG."""
+
+    def draw(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1))
+        for (kind, row), colour in zip(table.seconds.items(), COLOURS, strict=False):
+            own = [str(i) for i, k in enumerate(table.kinds) if k == kind]
+            name = f"block {own[0]}" if len(own) == 1 else f"blocks {own[0]}-{own[-1]}"
+            left.plot(table.tokens, [1e3 * t for t in row], ".-", color=colour, markersize=3, lw=0.8, label=name)
+        left.set_xlabel("patch tokens that enter")
+        left.set_ylabel("latency of one block, ms")
+        left.set_ylim(bottom=0)
+        left.legend(frameon=False, fontsize=8.5, loc="upper left")
+        bars = {"dense": table.estimate({})}
+        if one.choice is not None and one.choice.removed:
+            bars[f"{one.choice.tokens} tokens kept"] = table.estimate({profile.settings.layer: one.choice.tokens})
+        width = 0.8 / len(bars)
+        for number, ((name, seconds), colour) in enumerate(zip(bars.items(), (_INK, _RED), strict=False)):
+            places = [i + (number - (len(bars) - 1) / 2) * width for i in range(len(seconds))]
+            right.bar(places, [1e3 * t for t in seconds], width, color=colour, label=name, zorder=2)
+        right.set_xlabel("block")
+        right.set_ylabel("latency, ms")
+        right.set_ylim(top=1.25e3 * max(max(seconds) for seconds in bars.values()))  # room for the legend
+        right.xaxis.set_major_locator(MaxNLocator(integer=True))
+        right.legend(frameon=False, fontsize=8.5, loc="upper right", ncols=2)
+
+    return _png(draw, size=(7.6, 3.2))
+
+
+def _mark_choice(axes: Any, one: BatchProfile, height: Callable[[int], float]) -> None:
+    dense = one.series.tokens[-1]
+    axes.plot(dense, height(dense), marker="*", markersize=12, color=_INK, linestyle="", label="dense")
+    if one.choice is not None and one.choice.removed:
+        n = one.choice.tokens
+        axes.plot(
+            n,
+            height(n),
+            marker="o",
+            markersize=8,
+            markerfacecolor="none",
+            markeredgewidth=1.8,
+            color=_RED,
+            linestyle="",
+            label=f"chosen: {n} kept, R = {one.choice.removed}",
+        )
+
+
+def _png(draw: Callable[[Figure], None], size: tuple[float, float] = (6.2, 4.0)) -> bytes:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
