@@ -12,6 +12,7 @@ from ._loader import load
 
 if TYPE_CHECKING:
     from . import methods as methods
+    from . import presets as presets
     from .patch import UnsupportedModelError as UnsupportedModelError
     from .patch import restore as restore
     from .prune import Description, Trace, apply, describe, remove, schedule_of, trace
@@ -48,6 +49,7 @@ __all__ = [
     "describe",
     "methods",
     "ops",
+    "presets",
     "remove",
     "restore",
     "schedule_of",
@@ -56,8 +58,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "methods":
-        return import_module(".methods", __name__)
+    if name in ("methods", "presets"):
+        return import_module(f".{name}", __name__)
     if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
