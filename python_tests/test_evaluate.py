@@ -52,6 +52,14 @@ def test_figures_are_those_computed_by_hand(size: int) -> None:
     assert sum(done) == 4
 
 
+def test_top5_counts_labels_among_the_five_best_scores() -> None:
+    scores = torch.tensor([[6.0, 5, 4, 3, 2, 1, 0], [0.0, 1, 2, 3, 4, 5, 6], [1.0] * 7, [1.0] * 7])
+    model = {"dense": Lookup(scores)}
+    assert evaluate(model, as_batches([4, 1, 4, 5], 3))["dense"].top5 == 0.5  # of equal scores the lower class is first
+    assert evaluate(model, as_batches([-1] * 4, 3))["dense"].top5 is None
+    assert evaluate({"dense": Lookup(DENSE)}, as_batches(LABELS, 4))["dense"].top5 is None  # of three classes
+
+
 def test_without_labels_only_agreement_is_known() -> None:
     models = {"dense": Lookup(DENSE), "pruned": Lookup(PRUNED)}
     pruned = evaluate(models, as_batches([-1] * 4, 2))["pruned"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from tokenprune_ext import __version__, cli_compare, cli_predict, cli_profile, cli_search, cli_visualize
+from tokenprune_ext import __version__, cli_compare, cli_eval, cli_predict, cli_profile, cli_search, cli_visualize
 from tokenprune_ext import cli_values as values
 
 
@@ -35,19 +35,11 @@ def main() -> None:
 @click.option("--schedule", type=values.ScheduleFile(), help="Schedule file or preset instead of --method.")
 def describe(model_name: str, img_size: int | None, method: str | None, schedule: Path | None, **how: Any) -> None:
     """Tokens and MACs of every block, of the dense model or as it is pruned."""
-    if method is not None and schedule is not None:
-        raise click.UsageError("give --method or --schedule, not both")
-    if method is None and any(value is not None for value in how.values()):
-        raise click.UsageError("--layers, --keep and --macs need --method")
     with values.explained():
         from tokenprune_ext import prune
         from tokenprune_ext.loading import load_model
 
-        pruning: Any = None
-        if method is not None:
-            pruning = values.parse_method(method)
-        elif schedule is not None:
-            pruning = values.load_schedule(schedule)
+        pruning = values.parse_pruning(method, schedule, how)
         model = load_model(model_name, img_size=img_size)
         with values.usage_error(TypeError, ValueError):
             if pruning is not None:
@@ -103,6 +95,7 @@ def info(as_json: bool) -> None:
 
 main.add_command(cli_compare.compare)
 main.add_command(cli_compare.demo)
+main.add_command(cli_eval.evaluate)
 main.add_command(cli_predict.predict)
 main.add_command(cli_profile.profile)
 main.add_command(cli_search.search)

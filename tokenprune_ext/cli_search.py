@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tokenprune_ext import cli_values as values
-from tokenprune_ext.cli_values import FILE, FOLDER
+from tokenprune_ext.cli_images import check_weights, input_options, load_inputs, run_options
+from tokenprune_ext.cli_values import FOLDER
 
 if TYPE_CHECKING:
     from tokenprune_ext.search import SearchResult
@@ -37,12 +38,7 @@ class Budget(click.ParamType[float]):
 
 
 @click.command()
-@values.model_options
-@click.option("--weights", type=FILE, help="Local weights: .safetensors, .pth, .pt or .bin.")
-@click.option("--pretrained", is_flag=True, help="Take the weights from the hub.")
-@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path), help="Images; see compare.")
-@click.option("--labels", type=FILE, help="Names of the classes in the model's order, one per line.")
-@click.option("--unlabelled", is_flag=True, help="Ignore labels. They only serve the verdict on held-out images.")
+@input_options
 @click.option("--method", default="auto", help="name[:option=value...]")
 @click.option("--layers", type=values.Layers(), help="Blocks that may prune.  [default: all but the last]")
 @click.option("--tune", multiple=True, help="Option of the method to vary: name=value|value...; repeatable.")
@@ -54,28 +50,15 @@ class Budget(click.ParamType[float]):
 @click.option("--latency-seconds", type=click.FloatRange(0), default=30.0, help="For measuring whole models.")
 @click.option("--trials", type=click.IntRange(1), default=200, help="Schedules to try at each budget.")
 @click.option("--jobs", type=click.IntRange(1), default=1, help="Processes that try schedules side by side.")
-@values.preprocess_options
-@click.option("--limit", type=click.IntRange(2), help="At most so many images, balanced over the classes.")
 @click.option(
     "--holdout", type=click.FloatRange(0, 1, max_open=True), default=0.5, help="Share of the images kept for judging."
 )
-@click.option("--batch-size", type=click.IntRange(1), default=25)
-@click.option("--device", type=values.Device(), help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads of torch, over all jobs.")
-@click.option("--seed", type=int, default=0, help="Of the sampler, and of the choice of images.")
+@run_options
 @click.option("--output", type=FOLDER, default=Path("tokenprune-search"), help="Folder for trials and schedules.")
 @click.pass_context
 def search(
     ctx: click.Context,
     /,
-    model_name: str,
-    img_size: int | None,
-    weights: Path | None,
-    pretrained: bool,
-    data: Path,
-    labels: Path | None,
-    unlabelled: bool,
     method: str,
     layers: list[int] | None,
     tune: tuple[str, ...],
@@ -85,32 +68,28 @@ def search(
     latency_seconds: float,
     trials: int,
     jobs: int,
-    limit: int | None,
     holdout: float,
     batch_size: int,
+    workers: int,
     device: Any,
     dtype: str,
     threads: int | None,
-    seed: int,
     output: Path,
-    **preprocess: Any,
+    **inputs: Any,
 ) -> None:
     """Search the keep counts of every block that stay closest to the dense model at a budget.
 
     Needs no labels. A part of the images is held out and judges what was found against uniform keep ratios. A search
     that was interrupted goes on where it was when the same command is given again.
     """
-    if (weights is None) == (not pretrained):
-        raise click.UsageError("give either --weights FILE or --pretrained")
+    check_weights(inputs["weights"], inputs["pretrained"])
     if bool(budget_macs) == bool(budget_latency):
         raise click.UsageError("give either --budget-macs or --budget-latency")
     with values.explained():
         import torch
         from rich.progress import Progress
 
-        from tokenprune_ext.data import load_images, preprocessing, read_class_names
         from tokenprune_ext.environment import device_name
-        from tokenprune_ext.loading import load_model
         from tokenprune_ext.macs import MacsShare
         from tokenprune_ext.search import search as run
         from tokenprune_ext.search.images import split_images
@@ -118,32 +97,25 @@ def search(
 
         if threads is not None:
             torch.set_num_threads(threads)
-        model = load_model(model_name, weights=weights, pretrained=pretrained, img_size=img_size)
+        given = load_inputs(**inputs)
         with values.usage_error(TypeError, ValueError):
-            space = Space.of(model, values.parse_method(method), layers, dict(map(_tuned, tune)))
-        names = None if labels is None else read_class_names(labels)
-        images = load_images(data, int(model.num_classes), class_names=names, unlabelled=unlabelled).choose(limit, seed)  # type: ignore[arg-type]
-        _, transform = preprocessing(model, img_size=img_size, **preprocess)
+            space = Space.of(given.model, values.parse_method(method), layers, dict(map(_tuned, tune)))
         with values.usage_error(OSError, prefix="cannot write to the output folder: "):
             output.mkdir(parents=True, exist_ok=True)
         kind = getattr(torch, dtype)
         where = device or values.default_device()
         with values.usage_error(ValueError):
-            searched, held_out = split_images(images, transform, holdout, seed, kind, where)
-        model = model.to(where, kind)
+            split = (holdout, inputs["seed"], kind, where, workers)
+            searched, held_out = split_images(given.images, given.transform, *split)
+        model = given.model.to(where, kind)
         cost: Any = MacsShare(model)
         sample = searched[:1].expand(latency_batch_size, -1, -1, -1).contiguous()
         if budget_latency:
             cost = _latency(output / "latency.json", model, space, sample, latency_seconds)
         unit = "latency" if budget_latency else "MACs"
-        settings = {
-            "model": model_name,
-            "data": str(data),
-            "holdout": holdout,
-            "seed": seed,
-            "dtype": dtype,
-            "unit": unit,
-        }
+        seed = inputs["seed"]
+        settings = {"model": inputs["model_name"], "data": str(inputs["data"]), "holdout": holdout}
+        settings |= {"seed": seed, "dtype": dtype, "unit": unit}
         console = values.console()
         with Progress(console=console, transient=True) as progress:
             tasks: dict[float, Any] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def preprocess_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How images become inputs: keywords of `data.preprocessing`."""
-    return _with_options(
+    return with_options(
         command,
         click.option("--mean", type=Numbers(), help="Normalisation, one or three numbers.  [default: the model's]"),
         click.option("--std", type=Numbers(), help="Normalisation, one or three numbers.  [default: the model's]"),
@@ -163,7 +163,7 @@ def preprocess_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Where and how much is pruned: keywords of `prune.apply`."""
-    return _with_options(
+    return with_options(
         command,
         click.option("--layers", type=Layers(), help="0-based blocks that prune, like 3,6,9.  [default: the method's]"),
         click.option("--keep", type=Keep(), help="Ratio or count kept, one or one per layer: 0.7 or 150,110,80."),
@@ -175,10 +175,22 @@ def pruning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-def _with_options(command: Callable[..., Any], *options: Callable[..., Any]) -> Callable[..., Any]:
+def with_options(command: Callable[..., Any], *options: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with the options, which stand in this order before those it has."""
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def parse_pruning(method: str | None, schedule: Path | None, how: Mapping[str, Any]) -> Any:
+    """What `--method` or `--schedule` names, for `prune.apply` with the pruning options; None for the dense model."""
+    if method is not None and schedule is not None:
+        raise click.UsageError("give --method or --schedule, not both")
+    if method is None and any(value is not None for value in how.values()):
+        raise click.UsageError("--layers, --keep and --macs need --method")
+    if method is not None:
+        return parse_method(method)
+    return None if schedule is None else load_schedule(schedule)
 
 
 def load_schedules(paths: tuple[Path, ...]) -> dict[str, Any]:

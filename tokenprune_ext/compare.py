@@ -175,7 +175,7 @@ def compare(
             method=variant.method,
             budget=variant.budget,
             schedule=None if name == DENSE else asdict(schedule_of(variant.model)),
-            macs=_macs(variant.model),
+            macs=macs_of(variant.model),
             accuracy=accuracy[name],
             latency=latency.get(name),
             peak_memory=memory[name],
@@ -265,7 +265,8 @@ def _full_batch(images: ImageSource, loader: Callable[..., Any], batch_size: int
     return first.repeat(-(-batch_size // len(first)), 1, 1, 1)[:batch_size]
 
 
-def _macs(model: nn.Module) -> Macs:
+def macs_of(model: nn.Module) -> Macs:
+    """What `prune.describe` says of the model's cost."""
     report = describe(model)
     return Macs(
         blocks=report.blocks_macs,

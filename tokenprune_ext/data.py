@@ -50,7 +50,7 @@ class ImageFiles:
         try:
             with Image.open(path) as image:
                 rgb = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # what a decoder raises on a broken file is not documented
             raise DataError(f"cannot read image {path}: {error}") from error
         return rgb, NO_LABEL if self.labels is None else self.labels[index]
 
@@ -255,7 +255,7 @@ def preprocessing(model: torch.nn.Module, **overrides: Any) -> tuple[dict[str, A
     return config, create_transform(**config, is_training=False)
 
 
-class _Preprocessed(Dataset[Any]):
+class Preprocessed(Dataset[Any]):
     """(tensor, label), or the DataError itself: a worker process would wrap a raised one in its own traceback."""
 
     def __init__(self, source: ImageSource, transform: Callable[[Image.Image], Any]) -> None:
@@ -285,7 +285,7 @@ def batches(
         DataError: an image that cannot be read, by its path.
     """
     loader = DataLoader(
-        _Preprocessed(source, transform), batch_size=batch_size, num_workers=workers, collate_fn=_collate
+        Preprocessed(source, transform), batch_size=batch_size, num_workers=workers, collate_fn=_collate
     )
     for batch in loader:
         if isinstance(batch, DataError):

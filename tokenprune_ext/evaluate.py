@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+OUTCOMES = 4  # figures of an image
+_FIRST = 5
 
 
 class EvaluationError(RuntimeError):
@@ -26,6 +29,7 @@ class Accuracy:
         agreement: share of images with the same highest score as the reference.
         kl: mean KL(reference || model) of the class distributions, in nats.
         kl_se: its standard error.
+        top5: share of images whose label is among the five highest scores; None as well with no more than five classes.
     """
 
     images: int
@@ -35,15 +39,7 @@ class Accuracy:
     agreement: float
     kl: float
     kl_se: float | None
-
-
-@dataclass
-class _Tally:
-    """Per-image outcomes of one model, gathered batch by batch."""
-
-    hit: list[Tensor] = field(default_factory=list)
-    agrees: list[Tensor] = field(default_factory=list)
-    kl: list[Tensor] = field(default_factory=list)
+    top5: float | None = None
 
 
 def evaluate(
@@ -68,33 +64,64 @@ def evaluate(
     Raises:
         EvaluationError: no images, an output that is no [B, classes] tensor, or a score that is not finite.
     """
-    tallies = {name: _Tally() for name in models}
+    tallies: dict[str, list[Tensor]] = {name: [] for name in models}
     seen = 0
     for images, labels in batches:
-        images = images.to(device, dtype)
-        labels = labels.to(device)
-        reference: Tensor | None = None
-        for name, model in models.items():
-            log_p = log_probabilities(model, images, name, seen)
-            if reference is None:
-                reference = log_p
-            _record(tallies[name], log_p, reference, labels)
+        numbers = range(seen, seen + len(images))
+        for name, rows in outcomes(models, images.to(device, dtype), labels.to(device), numbers).items():
+            tallies[name].append(rows)
         seen += len(images)
         if on_batch is not None:
             on_batch(len(images))
     if not seen:
         raise EvaluationError("no images to evaluate on")
-    base = torch.cat(next(iter(tallies.values())).hit)
-    return {name: _summary(tally, base) for name, tally in tallies.items()}
+    tables = {name: torch.cat(rows) for name, rows in tallies.items()}
+    reference = next(iter(tables.values()))
+    return {name: summary(table, reference) for name, table in tables.items()}
 
 
-def log_probabilities(model: nn.Module, images: Tensor, name: str, first: int) -> Tensor:
+def outcomes(
+    models: Mapping[str, nn.Module], images: Tensor, labels: Tensor, numbers: Sequence[int]
+) -> dict[str, Tensor]:
+    """What every model does on each image of a batch: rows for `summary`, float64 [B, OUTCOMES] on the CPU.
+
+    Args:
+        models: as for `evaluate`; the first is the reference.
+        images, labels: [B, 3, H, W] and [B], where the models are.
+        numbers: what an error calls the images.
+    """
+    found: dict[str, Tensor] = {}
+    reference: Tensor | None = None
+    for name, model in models.items():
+        log_p = log_probabilities(model, images, name, numbers)
+        reference = log_p if reference is None else reference
+        found[name] = _outcome(log_p, reference, labels)
+    return found
+
+
+def summary(rows: Tensor, reference: Tensor) -> Accuracy:
+    """The figures of all images from their `outcomes`, and from those of the reference."""
+    hit, hit5, agrees, kl = rows.unbind(1)
+    change = hit - reference[:, 0]
+    labelled = not hit.isnan().any()
+    return Accuracy(
+        images=len(rows),
+        top1=_mean(hit) if labelled else None,
+        top1_change=_mean(change) if labelled else None,
+        top1_change_se=_standard_error(change) if labelled else None,
+        agreement=_mean(agrees),
+        kl=_mean(kl),
+        kl_se=_standard_error(kl),
+        top5=None if hit5.isnan().any() else _mean(hit5),
+    )
+
+
+def log_probabilities(model: nn.Module, images: Tensor, name: str, numbers: Sequence[int]) -> Tensor:
     """Log of the class distribution [B, classes] of one batch, float32 or better.
 
     Args:
         model, images: the classifier and its input [B, 3, H, W].
-        name: what messages call the model.
-        first: number of the batch's first image, for messages.
+        name, numbers: what an error calls the model and the images.
 
     Raises:
         EvaluationError: an output that is no [B, classes] tensor, or a score that is not finite.
@@ -108,7 +135,7 @@ def log_probabilities(model: nn.Module, images: Tensor, name: str, first: int) -
     if bad.any():
         raise EvaluationError(
             f"{name}: scores that are not finite for {int(bad.sum())} of {len(images)} images in {logits.dtype}, "
-            f"the first is image {first + int(bad.nonzero()[0])} (counted from 0)"
+            f"the first is image {numbers[int(bad.nonzero()[0])]} (counted from 0)"
         )
     return logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32).log_softmax(dim=1)
 
@@ -119,27 +146,29 @@ def divergence(reference: Tensor, log_p: Tensor) -> Tensor:
     return kl.clamp_min(0).double()  # rounding can leave a hair below 0
 
 
-def _record(tally: _Tally, log_p: Tensor, reference: Tensor, labels: Tensor) -> None:
+def _outcome(log_p: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
+    """Of each image: right, right among the first five, the reference's best class, KL; NaN where there is none."""
     best = log_p.argmax(dim=1)
-    hit = torch.where(labels >= 0, (best == labels).double(), torch.nan)
-    tally.hit.append(hit.cpu())
-    tally.agrees.append((best == reference.argmax(dim=1)).double().cpu())
-    tally.kl.append(divergence(reference, log_p).cpu())
-
-
-def _summary(tally: _Tally, base: Tensor) -> Accuracy:
-    hit, agrees, kl = torch.cat(tally.hit), torch.cat(tally.agrees), torch.cat(tally.kl)
-    labelled = not hit.isnan().any()
-    return Accuracy(
-        images=len(hit),
-        top1=float(hit.mean()) if labelled else None,
-        top1_change=float((hit - base).mean()) if labelled else None,
-        top1_change_se=_standard_error(hit - base) if labelled else None,
-        agreement=float(agrees.mean()),
-        kl=float(kl.mean()),
-        kl_se=_standard_error(kl),
+    labelled = labels >= 0
+    own = log_p.gather(1, labels.clamp_min(0).unsqueeze(1))
+    classes = torch.arange(log_p.shape[1], device=log_p.device)
+    before = (log_p > own) | ((log_p == own) & (classes < labels.unsqueeze(1)))  # equal scores: the lower class first
+    several = log_p.shape[1] > _FIRST
+    columns = (
+        torch.where(labelled, (best == labels).double(), torch.nan),
+        torch.where(labelled & several, (before.sum(1) < _FIRST).double(), torch.nan),
+        (best == reference.argmax(dim=1)).double(),
+        divergence(reference, log_p),
     )
+    return torch.stack(columns, 1).cpu()
+
+
+def _mean(values: Tensor) -> float:
+    """Rounded once: it depends neither on an order nor on threads."""
+    return math.fsum(values.tolist()) / len(values)
 
 
 def _standard_error(values: Tensor) -> float | None:
-    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else None
+    if len(values) < 2:
+        return None
+    return math.sqrt(_mean((values - _mean(values)).square()) / (len(values) - 1))

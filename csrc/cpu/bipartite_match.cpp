@@ -70,8 +70,9 @@ void choose_pairs(const BipartiteMatchParams& params,
 }
 
 std::tuple<Tensor, Tensor, Tensor> bipartite_match_cpu(Tensor metric, std::optional<Tensor> scores, int64_t r,
-                                                       int64_t num_prefix, std::string partition, bool) {
-  const BipartiteMatchParams params = check_bipartite_match(metric, scores, r, num_prefix, partition);
+                                                       int64_t num_prefix, std::string partition,
+                                                       std::string similarity_name, bool) {
+  const BipartiteMatchParams params = check_bipartite_match(metric, scores, r, num_prefix, partition, similarity_name);
   const int64_t batch = params.nearest.batch;
   const int64_t tokens = params.nearest.tokens;
   metric = torch::stable::contiguous(metric);

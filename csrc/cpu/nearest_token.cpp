@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -36,26 +37,34 @@ void sort_image(const NearestTokenParams& params, const int64_t* rank, int32_t* 
   }
 }
 
-// unit = x / |x|; NaN when the norm is not finite.
+// row = x, divided by what goes with the similarity; returns what is added to its products.
 template <typename value_t, typename acc_t>
-TOKENPRUNE_MULTIVERSION void normalize(const value_t* __restrict__ x, int64_t d, acc_t* __restrict__ unit) {
+TOKENPRUNE_MULTIVERSION acc_t normalize(Similarity similarity, const value_t* __restrict__ x, int64_t d,
+                                        acc_t* __restrict__ row) {
   acc_t squares[kLanes] = {};
   int64_t c = 0;
   for (; c + kLanes <= d; c += kLanes) {
     for (int64_t l = 0; l < kLanes; ++l) {
-      unit[c + l] = static_cast<acc_t>(x[c + l]);
-      squares[l] += unit[c + l] * unit[c + l];
+      row[c + l] = static_cast<acc_t>(x[c + l]);
+      squares[l] += row[c + l] * row[c + l];
     }
   }
   acc_t sum = 0;
   for (; c < d; ++c) {
-    unit[c] = static_cast<acc_t>(x[c]);
-    sum += unit[c] * unit[c];
+    row[c] = static_cast<acc_t>(x[c]);
+    sum += row[c] * row[c];
   }
   for (int64_t l = 0; l < kLanes; ++l) sum += squares[l];
-  const acc_t norm = std::isfinite(sum) ? std::max(std::sqrt(sum), static_cast<acc_t>(kMinNorm))
-                                        : std::numeric_limits<acc_t>::quiet_NaN();
-  for (c = 0; c < d; ++c) unit[c] /= norm;
+  const acc_t term = token_term(similarity, sum, std::sqrt(sum));
+  if (similarity == Similarity::kEuclidean) return term;
+  for (c = 0; c < d; ++c) row[c] /= term;
+  return 0;
+}
+
+template <typename acc_t>
+TOKENPRUNE_MULTIVERSION void add_offsets(acc_t own, const acc_t* __restrict__ offsets, int64_t count,
+                                         acc_t* __restrict__ similarity) {
+  for (int64_t c = 0; c < count; ++c) similarity[c] += own + offsets[c];
 }
 
 // The largest of `count` similarities and the lowest token that has it. NaN is never the largest; without any other
@@ -85,17 +94,19 @@ TOKENPRUNE_MULTIVERSION void find_best(acc_t* __restrict__ similarity, const int
   *index = found == kNone ? -1 : *std::min_element(lowest, lowest + kLanes);
 }
 
-// Results of the rows [first, last) of one image, whose unit vectors and panels these are.
+// Results of the rows [first, last) of one image, whose normalized rows, panels and offsets these are.
 template <typename acc_t>
 void match_rows(const NearestTokenParams& params, const int32_t* tokens, const int32_t* columns, int64_t first,
-                int64_t last, const acc_t* units, const acc_t* panels, acc_t* products, acc_t* similarity,
-                int64_t* index) {
+                int64_t last, const acc_t* rows, const acc_t* panels, const acc_t* offsets, acc_t* products,
+                acc_t* similarity, int64_t* index) {
   const int64_t d = params.channels;
   const int64_t width = columns[last - 1];  // columns only become more
   const int64_t stride = padded_columns<acc_t>(width);
-  dot_block(units + first * d, last - first, d, panels, d, width, acc_t(1), products, stride);
+  dot_block(rows + first * d, last - first, d, panels, d, width, acc_t(1), products, stride);
   for (int64_t row = first; row < last; ++row) {
-    find_best(products + (row - first) * stride, tokens, columns[row], similarity + tokens[row], index + tokens[row]);
+    acc_t* candidates = products + (row - first) * stride;
+    if (params.similarity == Similarity::kEuclidean) add_offsets(offsets[row], offsets, columns[row], candidates);
+    find_best(candidates, tokens, columns[row], similarity + tokens[row], index + tokens[row]);
   }
 }
 
@@ -109,9 +120,11 @@ void match_all(const NearestTokenParams& params, const Tensor& metric, const Sor
   const int64_t n = params.patches();
   const int64_t d = params.channels;
   const ScalarType acc_dtype = accumulate_dtype(metric);
-  const Tensor unit_rows = torch::stable::new_empty(metric, {params.batch, n, d}, acc_dtype);
+  const Tensor normalized = torch::stable::new_empty(metric, {params.batch, n, d}, acc_dtype);
+  const Tensor row_offsets = torch::stable::new_empty(metric, {params.batch, n}, acc_dtype);
   const Tensor packed = torch::stable::new_empty(metric, {params.batch, sorted.stride, d}, acc_dtype);
-  acc_t* units = data_ptr<acc_t>(unit_rows);
+  acc_t* rows = data_ptr<acc_t>(normalized);
+  acc_t* offsets = data_ptr<acc_t>(row_offsets);
   acc_t* panels = data_ptr<acc_t>(packed);
 
   const int64_t panel_count = (n + kWidth - 1) / kWidth;
@@ -121,12 +134,13 @@ void match_all(const NearestTokenParams& params, const Tensor& metric, const Sor
       const int64_t first = task % panel_count * kWidth;
       const int64_t last = std::min(first + kWidth, n);
       const int32_t* tokens = sorted.tokens + image * sorted.stride;
-      acc_t* rows = units + image * n * d;
+      acc_t* own = rows + image * n * d;
       for (int64_t place = first; place < last; ++place) {
-        normalize(x + (image * params.tokens + tokens[place]) * d, d, rows + place * d);
+        offsets[image * n + place] =
+            normalize(params.similarity, x + (image * params.tokens + tokens[place]) * d, d, own + place * d);
       }
       if (first >= sorted.columns[image * sorted.stride + n - 1]) continue;  // nobody's candidates
-      pack_columns(rows + first * d, d, last - first, d, panels + (image * sorted.stride + first) * d);
+      pack_columns(own + first * d, d, last - first, d, panels + (image * sorted.stride + first) * d);
     }
   });
 
@@ -139,14 +153,16 @@ void match_all(const NearestTokenParams& params, const Tensor& metric, const Sor
       const int64_t turn = task % blocks;
       const int64_t first = (turn % 2 ? blocks - 1 - turn / 2 : turn / 2) * kRows;
       match_rows(params, sorted.tokens + image * sorted.stride, sorted.columns + image * sorted.stride, first,
-                 std::min(first + kRows, n), units + image * n * d, panels + image * sorted.stride * d, products.data(),
-                 similarity + image * params.tokens, index + image * params.tokens);
+                 std::min(first + kRows, n), rows + image * n * d, panels + image * sorted.stride * d,
+                 offsets + image * n, products.data(), similarity + image * params.tokens,
+                 index + image * params.tokens);
     }
   });
 }
 
-std::tuple<Tensor, Tensor> nearest_token_cpu(Tensor metric, Tensor rank, int64_t num_prefix, bool) {
-  const NearestTokenParams params = check_nearest_token(metric, rank, num_prefix);
+std::tuple<Tensor, Tensor> nearest_token_cpu(Tensor metric, Tensor rank, int64_t num_prefix, std::string similarity,
+                                             bool) {
+  const NearestTokenParams params = check_nearest_token(metric, rank, num_prefix, similarity);
   return nearest_cpu(params, torch::stable::contiguous(metric), torch::stable::contiguous(rank));
 }
 

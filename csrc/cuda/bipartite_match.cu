@@ -51,8 +51,9 @@ Tensor score_pairs(const BipartiteMatchParams& params, const Tensor& group, cons
 }
 
 std::tuple<Tensor, Tensor, Tensor> bipartite_match_cuda(Tensor metric, std::optional<Tensor> scores, int64_t r,
-                                                        int64_t num_prefix, std::string partition, bool allow_tf32) {
-  const BipartiteMatchParams params = check_bipartite_match(metric, scores, r, num_prefix, partition);
+                                                        int64_t num_prefix, std::string partition,
+                                                        std::string similarity_name, bool allow_tf32) {
+  const BipartiteMatchParams params = check_bipartite_match(metric, scores, r, num_prefix, partition, similarity_name);
   const CudaScope scope(metric);
   const cudaStream_t stream = scope.stream;
   metric = torch::stable::contiguous(metric);

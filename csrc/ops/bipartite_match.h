@@ -11,8 +11,9 @@ namespace tokenprune {
 
 inline BipartiteMatchParams check_bipartite_match(const Tensor& metric,                 // [B, N, D]
                                                   const std::optional<Tensor>& scores,  // [B, N]
-                                                  int64_t r, int64_t num_prefix, const std::string& partition) {
-  BipartiteMatchParams params{check_metric(metric, num_prefix), r, Partition::kAlternate};
+                                                  int64_t r, int64_t num_prefix, const std::string& partition,
+                                                  const std::string& similarity) {
+  BipartiteMatchParams params{check_metric(metric, num_prefix, similarity), r, Partition::kAlternate};
   if (partition == "unimportant") {
     params.partition = Partition::kUnimportant;
   } else if (partition == "important") {

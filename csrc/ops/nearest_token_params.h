@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "similarity_params.h"
+
 namespace tokenprune {
 
 // For every patch token of metric [batch, tokens, channels] the most similar patch token of lower rank.
@@ -10,11 +12,9 @@ struct NearestTokenParams {
   int64_t tokens;
   int64_t channels;
   int64_t num_prefix;
+  Similarity similarity;
 
   constexpr int64_t patches() const { return tokens - num_prefix; }
 };
-
-// Shorter vectors are divided by this instead of their norm.
-constexpr double kMinNorm = 1e-12;
 
 }  // namespace tokenprune

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from methods.slow_scores import Image, Matrix, Row, ats_scores, attention, cosine, mean_rows, page_rank, ranked
+from methods.slow_scores import Image, Matrix, Row, ats_scores, attention, cosine, dot, mean_rows, page_rank, ranked
 
 
 @dataclass
@@ -57,10 +57,13 @@ def merge(image: Image, kept: list[int], into: dict[int, int]) -> Pruned:
     return Pruned(rows, kept, sizes, into)
 
 
-def match_pairs(feature: Matrix, group_a: list[int], group_b: list[int], r: int) -> dict[int, int]:
+def match_pairs(
+    feature: Matrix, group_a: list[int], group_b: list[int], r: int, metric: str = "cosine"
+) -> dict[int, int]:
     """The r tokens of A that are most like one of B, with their partners."""
-    partner = {a: ranked({b: cosine(feature[a], feature[b]) for b in group_b})[0] for a in group_a}
-    best = ranked({a: cosine(feature[a], feature[b]) for a, b in partner.items()})[:r]
+    like = {"cosine": cosine, "dot": dot, "euclidean": lambda a, b: -math.dist(a, b)}[metric]
+    partner = {a: ranked({b: like(feature[a], feature[b]) for b in group_b})[0] for a in group_a}
+    best = ranked({a: like(feature[a], feature[b]) for a, b in partner.items()})[:r]
     return {a: partner[a] for a in best}
 
 
@@ -147,6 +150,7 @@ def zero_tprune(
     similar: int | None = None,
     partition: str = "unimportant",
     feature: str = "key",
+    metric: str = "cosine",
     merges: bool = False,
     random: dict[int, float] | None = None,
     **ranking: Any,
@@ -163,7 +167,7 @@ def zero_tprune(
             half = len(patches) // 2 if partition != "important" else len(patches) - len(patches) // 2
             better, worse = sorted(order[:half]), sorted(order[half:])
             group_a, group_b = (better, worse) if partition == "important" else (worse, better)
-        pairs = match_pairs(compared(image, feature), group_a, group_b, r)
+        pairs = match_pairs(compared(image, feature), group_a, group_b, r, metric)
     alive = [token for token in patches if token not in pairs]
     kept = sorted(ranked(importance(image, alive, iterations, **ranking))[:keep])
     if not merges:

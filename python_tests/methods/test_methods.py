@@ -303,6 +303,7 @@ BAD_OPTIONS = [
     ("zero_tprune", {"vmax": float("nan")}, ValueError, "vmax must be at least 0.01, got nan"),
     ("zero_tprune", {"similar": -1}, ValueError, "similar must be at least 0, got -1"),
     ("zero_tprune", {"similar": 1.5}, TypeError, "similar must be an int, got 1.5"),
+    ("zero_tprune", {"metric": "l2"}, ValueError, "metric must be one of cosine, dot, euclidean, got 'l2'"),
     ("zero_tprune", {"partition": "half"}, ValueError, "partition must be one of unimportant, important, alternate"),
     ("zero_tprune", {"feature": "keys"}, ValueError, "feature must be one of key, key_heads, query, value, hidden"),
     ("zero_tprune", {"mid_block": "yes"}, TypeError, "mid_block must be True or False, got 'yes'"),

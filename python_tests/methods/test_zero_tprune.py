@@ -96,6 +96,25 @@ def test_features(feature, reduction):
     check(context(patches=11, prefix=2), 6, feature=feature, reduction=reduction)
 
 
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("feature", ["key", "hidden"])
+@pytest.mark.parametrize("partition", ["unimportant", "alternate"])
+@pytest.mark.parametrize("reduction", ["drop", "merge"])
+def test_metrics(metric, feature, partition, reduction):
+    ctx = context(patches=12, prefix=1)
+    check(ctx, 5, feature=feature, similar=4, partition=partition, metric=metric, reduction=reduction)
+
+
+def test_metrics_choose_differently():
+    """On these inputs; otherwise the case above would not test the option."""
+    ctx = context(patches=12, prefix=1)
+    removed = {
+        str(zero_tprune_stages.similar_tokens(ctx, None, 4, "alternate", "key", metric)[0].tolist())
+        for metric in zero_tprune_stages.METRICS
+    }
+    assert len(removed) == 3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("patches", "prefix"), GEOMETRIES)
 @pytest.mark.parametrize("reduction", ["drop", "merge"])
@@ -128,7 +147,9 @@ def test_a_partner_that_is_lost_takes_along_what_went_into_it():
     method = methods.create("zero_tprune", reduction="merge", similar=6)
     reduced = method.reduce(ctx, 2)
     rough = method.scores(ctx, iters=1)
-    dropped, match, _ = zero_tprune_stages.similar_tokens(ctx, rough, 6, method.partition, method.feature)
+    dropped, match, _ = zero_tprune_stages.similar_tokens(
+        ctx, rough, 6, method.partition, method.feature, method.metric
+    )
     kept = [set(row) for row in reduced.kept.tolist()]
     assert any(partner not in kept[image] for image, row in enumerate(match.tolist()) for partner in row)
     into = reduced.into()

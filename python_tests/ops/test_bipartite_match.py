@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.matrix import BATCHES, PREFIXES, TOKENS, Backend, OpMatrix, Sample, each_backend
+from ops.test_nearest_token import all_pairs
 from torch import Tensor
 
 from tokenprune_ext import ops
@@ -40,8 +41,11 @@ def split(scores: list[float] | None, tokens: int, num_prefix: int, partition: s
 
 def assert_best_pairs(results: tuple[Tensor, ...], args: tuple[Any, ...], name: str, slack: float) -> None:
     """The chosen pairs are the best ones, or no further from them than ``slack``."""
-    metric, scores, r, num_prefix, partition = args
-    unit = torch.nn.functional.normalize(metric, dim=-1)
+    metric, scores, r, num_prefix, partition, *rest = args
+    pairs = all_pairs(metric, *rest)
+    if rest:  # beyond cosines: relative to the largest square
+        squares = metric.square().sum(-1)
+        slack *= max([0.0, *squares[squares.isfinite()].tolist()])
     for b in range(metric.shape[0]):
         dropped, match, kept = (result[b] for result in results)
         group_a, group_b = split(None if scores is None else scores[b].tolist(), metric.shape[1], num_prefix, partition)
@@ -52,13 +56,14 @@ def assert_best_pairs(results: tuple[Tensor, ...], args: tuple[Any, ...], name: 
         assert set(match.tolist()) <= set(group_b), name
         if r == 0:
             continue
-        cosine = (unit[b, group_a] @ unit[b, group_b].T).nan_to_num(-math.inf)
-        best = dict(zip(group_a, cosine.amax(1).tolist(), strict=True))
+        between = pairs[b][group_a][:, group_b]
+        between = torch.where(between.isfinite(), between, -math.inf)
+        best = dict(zip(group_a, between.amax(1).tolist(), strict=True))
         for i, j in zip(dropped.tolist(), match.tolist(), strict=True):
             if best[i] == -math.inf:
                 assert j == group_b[0], name
             else:
-                assert cosine[group_a.index(i), group_b.index(j)] >= best[i] - slack, name
+                assert between[group_a.index(i), group_b.index(j)] >= best[i] - slack, name
         worst = min(best[i] for i in dropped.tolist())
         assert all(best[i] <= worst + slack for i in group_a if i not in dropped), name
 
@@ -120,6 +125,24 @@ class TestBipartiteMatch(OpMatrix):
         assert not any(result.requires_grad for result in ops.bipartite_match(*args))
 
 
+class TestBipartiteMatchByProduct(TestBipartiteMatch):
+    similarity = "dot"
+
+    def samples(self) -> Iterator[Sample]:
+        """Every kind of input once: what the similarity changes is not the shape."""
+        for sample in super().samples():
+            if sample.simt:
+                yield Sample(sample.tensors, (*sample.options, self.similarity), sample.name)
+
+    def small_sample(self) -> Sample:
+        sample = super().small_sample()
+        return Sample(sample.tensors, (*sample.options, self.similarity))
+
+
+class TestBipartiteMatchByDistance(TestBipartiteMatchByProduct):
+    similarity = "euclidean"
+
+
 def plane(degrees: list[float]) -> Tensor:
     angles = torch.tensor([degrees]).deg2rad()
     return torch.stack([angles.cos(), angles.sin()], 2)
@@ -146,12 +169,21 @@ def test_tf32_changes_float32_on_tensor_cores_alone(backend: Backend) -> None:
     metric = 1 + metric / 16
     for dtype in (torch.float32, torch.bfloat16):
         args = (metric.to(backend.device, dtype), None, 30, 1, "alternate")
-        exact, allowed = (backend.run("bipartite_match", *args, tf32) for tf32 in (False, True))
+        exact, allowed = (backend.run("bipartite_match", *args, "cosine", tf32) for tf32 in (False, True))
         rounded = dtype == torch.float32 and backend.name in ("cuda", "simt")
         assert all(map(torch.equal, exact, allowed)) != rounded
         if rounded:
             results = tuple(result.cpu() for result in allowed)
             assert_best_pairs(results, (metric, *args[1:]), "tf32", slack=5e-4)
+
+
+@each_backend
+def test_other_similarities_pair_by_length_and_by_place(backend: Backend) -> None:
+    metric = torch.tensor([[[4.0, 0.0], [5.0, 4.0], [0.0, 1.0], [1.0, 0.0]]], device=backend.device)
+    # A: 0 and 2; B: 1 and 3
+    for similarity, dropped, match in (("cosine", 0, 3), ("dot", 0, 1), ("euclidean", 2, 3)):
+        results = backend.run("bipartite_match", metric, None, 1, 0, "alternate", similarity)
+        assert (results[0].tolist(), results[1].tolist()) == ([[dropped]], [[match]])
 
 
 @each_backend
@@ -241,6 +273,7 @@ def test_properties(data: st.DataObject) -> None:
         (dict(r=-1), ValueError, "r must be at least 0, got -1"),
         (dict(r=2.0), TypeError, "r must be an int"),
         (dict(num_prefix=7), ValueError, "num_prefix must be at most 6"),
+        (dict(similarity="l2"), ValueError, "similarity must be one of cosine, dot, euclidean, got 'l2'"),
         (dict(partition="random"), ValueError, "partition must be one of alternate, unimportant, important, got 'ra"),
     ],
 )
@@ -259,6 +292,7 @@ def test_the_raw_operator_checks_too(device: str) -> None:
         ((None, 1, 1, "important"), "needs scores"),
         ((scores[:, 1:], 1, 1, "important"), "scores must have shape"),
         ((scores, 1, 1, "random"), "partition must be one of"),
+        ((None, 1, 1, "alternate", "l2"), "similarity must be one of"),
     ):
         with pytest.raises(RuntimeError, match=words):
             torch.ops.tokenprune.bipartite_match(metric, *args)

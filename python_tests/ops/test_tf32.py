@@ -38,6 +38,16 @@ def test_the_setting_is_the_operator_s_last_argument(op: str, allow: bool, monke
     assert [args[-1] for args in given] == [allow]
 
 
+@pytest.mark.parametrize("op", ["nearest_token", "bipartite_match"])
+def test_distances_are_never_rounded(op: str, allow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(f"tokenprune_ext.ops.{op}")
+    given: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(module, "_op", lambda *args: given.append(args))
+    for similarity in ("dot", "euclidean"):
+        getattr(ops, op)(*CALLS[op], similarity=similarity)
+    assert [args[-1] for args in given] == [allow, False]
+
+
 def test_every_operator_with_the_setting_is_here() -> None:
     schemas = {name: str(getattr(torch.ops.tokenprune, name).default._schema) for name in ops.__all__}
     assert {name for name, schema in schemas.items() if "allow_tf32" in schema} == set(CALLS)

@@ -43,8 +43,9 @@ class ZeroTPrune(ScoredMethod):
         similar: tokens S removes; 0 leaves S and I' out; None for 10. At most what the layer removes, and at most half.
         partition: who may go in S: the less important half (``unimportant``, sequential-U), the more important half
             (``important``, sequential-I), every other token (``alternate``), or a ``random`` half.
-        feature: what S compares, by cosine: ``key`` averaged over the heads, ``key_heads`` concatenated, ``query`` or
-            ``value`` averaged, or the token itself, ``hidden``.
+        feature: what S compares: ``key`` averaged over the heads, ``key_heads`` concatenated, ``query`` or ``value``
+            averaged, or the token itself, ``hidden``.
+        metric: how S compares: by ``cosine``, as published, the product ``dot``, or the ``euclidean`` distance.
         mid_block: prune between attention and MLP instead of behind the block.
         reduction: ``drop`` as published; ``merge``: what S removes goes into its partner, what I removes into its most
             similar survivor, as the mean weighted by how many patches each stands for.
@@ -65,15 +66,12 @@ class ZeroTPrune(ScoredMethod):
     similar: int | None = None
     partition: str = "unimportant"
     feature: str = "key"
+    metric: str = "cosine"
     mid_block: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.iters, list | tuple) or len(self.iters) != 3:
-            raise ValueError(f"iters must be three counts (first, middle, last blocks), got {self.iters!r}")
-        for count in self.iters:
-            check_int("iters", count, 1)
-        object.__setattr__(self, "iters", tuple(self.iters))  # JSON has lists only
+        object.__setattr__(self, "iters", stages.checked_iters(self.iters))
         check_number("tol", self.tol, 0)
         check_number("tau", self.tau, 0, strict=True)
         check_number("vmin", self.vmin, 0)
@@ -83,6 +81,7 @@ class ZeroTPrune(ScoredMethod):
         check_choice("start", self.start, ("auto", "class", "uniform"))
         check_choice("partition", self.partition, stages.PARTITIONS)
         check_choice("feature", self.feature, stages.FEATURES)
+        check_choice("metric", self.metric, stages.METRICS)
         check_choice("reduction", self.reduction, ("drop", "merge"))
         check_bool("mid_block", self.mid_block)
 
@@ -111,7 +110,7 @@ class ZeroTPrune(ScoredMethod):
         if not removed:
             return super().reduce(ctx, keep)
         rough = self.scores(ctx, iters=1) if stages.needs_scores(self.partition) else None
-        similar, match, rest = stages.similar_tokens(ctx, rough, removed, self.partition, self.feature)
+        similar, match, rest = stages.similar_tokens(ctx, rough, removed, self.partition, self.feature, self.metric)
         among = self.scores(ctx.restricted(rest))
         best, worst = split(among, keep, ctx.num_prefix)
         kept, lost = (rest.gather(1, part - ctx.num_prefix) for part in (best, worst))

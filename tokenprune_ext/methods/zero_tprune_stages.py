@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from tokenprune_ext import ops
+from tokenprune_ext.checks import check_int
+from tokenprune_ext.ops._similarity import SIMILARITIES
 from tokenprune_ext.patch.context import AttentionContext
 
 from .random import random_scores
@@ -17,6 +19,16 @@ if TYPE_CHECKING:
 
 PARTITIONS = ("unimportant", "important", "alternate", "random")
 FEATURES = ("key", "key_heads", "query", "value", "hidden")
+METRICS = SIMILARITIES
+
+
+def checked_iters(iters: object) -> tuple[int, ...]:
+    """Iterations in the first, the middle and the last blocks, as a tuple: JSON has lists only."""
+    if not isinstance(iters, list | tuple) or len(iters) != 3:
+        raise ValueError(f"iters must be three counts (first, middle, last blocks), got {iters!r}")
+    for count in iters:
+        check_int("iters", count, 1)
+    return tuple(iters)
 
 
 def start_scores(ctx: AttentionContext, start: str) -> Tensor | None:
@@ -34,7 +46,7 @@ def needs_scores(partition: str) -> bool:
 
 
 def similar_tokens(
-    ctx: AttentionContext, scores: Tensor | None, count: int, partition: str, feature: str
+    ctx: AttentionContext, scores: Tensor | None, count: int, partition: str, feature: str, metric: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Positions of ``count`` tokens to remove, of their partners, and of all other patch tokens.
 
@@ -44,10 +56,11 @@ def similar_tokens(
         count: tokens to remove.
         partition: one of ``PARTITIONS``, see :class:`ZeroTPrune`.
         feature: one of ``FEATURES``.
+        metric: one of ``METRICS``.
     """
     if partition == "random":
         scores, partition = random_scores(ctx, seed=0), "unimportant"
-    return ops.bipartite_match(_feature(ctx, feature), scores, count, ctx.num_prefix, partition)
+    return ops.bipartite_match(_feature(ctx, feature), scores, count, ctx.num_prefix, partition, metric)
 
 
 def pairing_macs(cost: BlockCost, feature: str, patches: int) -> int:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tokenprune_ext.checks import check_choice, check_int
 
-from ._check import allow_tf32, check_floating
-from ._cosine import check_metric, take_rows, unit_vectors
+from ._check import check_floating
 from ._define import define
 from ._select import split
+from ._similarity import check_metric, compared_rows, pairwise, take_rows, tf32_allowed
 
 PARTITIONS = ("alternate", "unimportant", "important")
 
@@ -33,8 +33,8 @@ def _check_scores(metric: Tensor, scores: Tensor | None, partition: str) -> None
         raise ValueError(f"scores must be on the device of metric, {metric.device}, got {scores.device}")
 
 
-def _check(metric: Tensor, scores: Tensor | None, r: int, num_prefix: int, partition: str) -> None:
-    check_metric(metric)
+def _check(metric: Tensor, scores: Tensor | None, r: int, num_prefix: int, partition: str, similarity: str) -> None:
+    check_metric(metric, similarity)
     check_choice("partition", partition, PARTITIONS)
     _check_scores(metric, scores, partition)
     check_int("num_prefix", num_prefix, 0, metric.shape[1], "the number of tokens")
@@ -62,18 +62,19 @@ def reference(
     r: int,
     num_prefix: int = 0,
     partition: str = "alternate",
+    similarity: str = "cosine",
     allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator in plain torch, by way of all similarities between the groups."""
-    _check(metric, scores, r, num_prefix, partition)
+    _check(metric, scores, r, num_prefix, partition, similarity)
     group_a, group_b = _groups(metric, scores, num_prefix, partition)
     if r == 0:
         empty = group_a.new_empty((metric.shape[0], 0))
         return empty, empty.clone(), torch.cat([group_a, group_b], 1).sort(1).values
-    unit, _ = unit_vectors(metric)
-    similarity = take_rows(unit, group_a) @ take_rows(unit, group_b).mT
+    rows, _ = compared_rows(metric, similarity)
+    pairs = pairwise(take_rows(rows, group_a), take_rows(rows, group_b), similarity)
     # Nothing is left of a row of minus infinities: the first of group B is its maximum.
-    best, partner = similarity.masked_fill(similarity.isnan(), -math.inf).max(2)
+    best, partner = pairs.masked_fill(pairs.isnan(), -math.inf).max(2)
     order = torch.sort(-best, dim=1, stable=True).indices
     chosen = order[:, :r].sort(1).values
     kept = torch.cat([group_a.gather(1, order[:, r:]), group_b], 1).sort(1).values
@@ -86,9 +87,10 @@ def _fake(
     r: int,
     num_prefix: int = 0,
     partition: str = "alternate",
+    similarity: str = "cosine",
     allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(metric, scores, r, num_prefix, partition)
+    _check(metric, scores, r, num_prefix, partition, similarity)
     batch, tokens, _ = metric.shape
     dropped, match = (metric.new_empty((batch, r), dtype=torch.int64) for _ in range(2))
     return dropped, match, metric.new_empty((batch, tokens - num_prefix - r), dtype=torch.int64)
@@ -104,7 +106,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
 
 _op = define(
     "bipartite_match(Tensor metric, Tensor? scores, int r, int num_prefix=0, "
-    'str partition="alternate", bool allow_tf32=False) -> (Tensor, Tensor, Tensor)',
+    'str partition="alternate", str similarity="cosine", bool allow_tf32=False) -> (Tensor, Tensor, Tensor)',
     reference=reference,
     fake=_fake,
     setup_context=_setup_context,
@@ -113,15 +115,19 @@ _op = define(
 
 
 def bipartite_match(
-    metric: Tensor, scores: Tensor | None, r: int, num_prefix: int = 0, partition: str = "alternate"
+    metric: Tensor,
+    scores: Tensor | None,
+    r: int,
+    num_prefix: int = 0,
+    partition: str = "alternate",
+    similarity: str = "cosine",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split the patch tokens into groups A and B, and find the ``r`` tokens of A most similar to one of B, by cosine.
+    """Split the patch tokens into groups A and B, and find the ``r`` tokens of A most similar to one of B.
 
     Every token of A is paired with its most similar token of B; the ``r`` most similar pairs are returned. Equal
-    similarities: the lower position wins, among partners and among pairs. Each image is decided on its own. A zero
-    vector has similarity 0 to everything. A token of B with NaN, an infinity or a norm beyond the range of the sums'
-    dtype is matched by none; a token of A that finds no partner comes after all others, and then gets the first of B.
-    On a GPU, products of float32 tensors use tf32 when ``torch.backends.cuda.matmul.allow_tf32`` is set; norms do not.
+    similarities: the lower position wins, among partners and among pairs. Each image is decided on its own. A token of
+    B that ``nearest_token`` would leave out (NaN, infinities, norms out of range) is matched by none; a token of A that
+    finds no partner comes after all others, and then gets the first of B. tf32 as in ``nearest_token``.
 
     Args:
         metric: what is compared, e.g. keys, ``[B, N, D]``; float16, bfloat16, float32 or float64.
@@ -132,6 +138,7 @@ def bipartite_match(
         partition: ``alternate``: A is every other patch token from the first on (ToMe). ``unimportant``: A is the less
             important half (sequential-U). ``important``: A is the more important half (sequential-I). An odd token
             goes to A.
+        similarity: ``cosine``, ``dot`` or ``euclidean``, see ``nearest_token``.
 
     Returns:
         ``(dropped, match, kept)``, int64 positions in ``metric``: ``dropped`` ``[B, r]`` of A, ascending; ``match``
@@ -139,10 +146,10 @@ def bipartite_match(
 
     Raises:
         TypeError: an argument is no tensor, or has an unsupported dtype.
-        ValueError: shapes do not go together or are empty, ``r`` or ``num_prefix`` is out of range, ``partition`` is
-            unknown, or ``scores`` are missing or not wanted.
+        ValueError: shapes do not go together or are empty, ``r`` or ``num_prefix`` is out of range, ``partition`` or
+            ``similarity`` is unknown, or ``scores`` are missing or not wanted.
 
     Source: ToMe (ICLR 2023), section 3 (``alternate``); Zero-TPrune (CVPR 2024), section 3.3 (the others).
     """
-    _check(metric, scores, r, num_prefix, partition)
-    return _op(metric, scores, r, num_prefix, partition, allow_tf32())
+    _check(metric, scores, r, num_prefix, partition, similarity)
+    return _op(metric, scores, r, num_prefix, partition, similarity, tf32_allowed(similarity))

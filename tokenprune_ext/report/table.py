@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +21,7 @@ class Column:
 
     heading: str
     meaning: str
-    text: Callable[[Row], str]
+    text: Callable[[Any], str]  # of a Row, or of what has the same attributes as far as it is shown
 
 
 def _change(row: Row) -> str:
@@ -87,9 +87,9 @@ COLUMNS = (
 )
 
 
-def print_table(console: Console, rows: Sequence[Row], title: str) -> None:
+def print_table(console: Console, rows: Sequence[Any], title: str, columns: Sequence[Column] = COLUMNS) -> None:
     """Print the rows; on a terminal too narrow for all columns as several tables, each led by the variant."""
-    first, *rest = COLUMNS
+    first, *rest = columns
     heading: str | None = title
     while rest:
         count = len(rest)
@@ -103,10 +103,10 @@ def _width(console: Console, table: Table) -> int:
     return table.__rich_measure__(console, console.options.update(max_width=10_000)).maximum
 
 
-def _table(columns: Sequence[Column], rows: Sequence[Row], title: str | None) -> Table:
+def _table(columns: Sequence[Column], rows: Sequence[Any], title: str | None) -> Table:
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column.heading, justify="left" if column is COLUMNS[0] else "right", no_wrap=True)
+        table.add_column(column.heading, justify="left" if column is columns[0] else "right", no_wrap=True)
     previous = None
     for row in rows:
         if previous is not None and row.method != previous.method:

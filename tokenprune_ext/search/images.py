@@ -22,6 +22,7 @@ def split_images(
     seed: int,
     dtype: torch.dtype,
     device: torch.device | str,
+    workers: int = 0,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Read all images into memory, in two parts drawn at random with ``seed``.
 
@@ -30,6 +31,7 @@ def split_images(
         transform: preprocessing of one PIL image.
         holdout: share of the images in the second part.
         dtype, device: of the inputs.
+        workers: processes that read images.
 
     Returns:
         Inputs ``[M, 3, H, W]`` to search on; inputs and labels ``[K]`` (-1 for none) to judge on, None for no image.
@@ -44,7 +46,7 @@ def split_images(
     if kept == len(order):
         raise ValueError(f"holdout={holdout:g} leaves none of the {len(order)} images to search on")
     shuffled: Any = Subset(images, order)  # type: ignore[arg-type]
-    loaded = list(batches(shuffled, transform, _READ_AT_ONCE))
+    loaded = list(batches(shuffled, transform, _READ_AT_ONCE, workers))
     inputs = torch.cat([batch for batch, _ in loaded]).to(device, dtype)
     labels = torch.cat([labels for _, labels in loaded]).to(device)
     return inputs[kept:], (inputs[:kept], labels[:kept]) if kept else None

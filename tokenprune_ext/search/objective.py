@@ -24,14 +24,14 @@ class Objective:
     def __init__(self, model: nn.Module, images: Tensor, batch_size: int) -> None:
         self.model = model
         self.batches = images.split(batch_size)
-        self.dense = [log_probabilities(model, batch, "dense", 0) for batch in self.batches]
+        self.dense = [log_probabilities(model, batch, "dense", range(len(batch))) for batch in self.batches]
 
     def divergences(self, schedule: Schedule) -> Iterator[Tensor]:
         """KL of every image ``[B]``, in nats, one batch after the other."""
         apply(self.model, schedule)
         try:
             for reference, batch in zip(self.dense, self.batches, strict=True):
-                yield divergence(reference, log_probabilities(self.model, batch, schedule.method, 0))
+                yield divergence(reference, log_probabilities(self.model, batch, schedule.method, range(len(batch))))
         finally:
             remove(self.model)
 

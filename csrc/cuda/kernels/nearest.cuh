@@ -11,13 +11,20 @@
 
 namespace tokenprune {
 
+// A token's similarities are its products times a factor plus an offset: see token_term(). One load brings both.
+template <typename acc_t>
+struct alignas(2 * sizeof(acc_t)) NearestTerms {
+  acc_t factor;
+  acc_t offset;
+};
+
 // Patch tokens in the order of their ranks, equal ranks by position. A place is a position in that order.
 template <typename value_t, typename acc_t>
 struct NearestWorkspace {
-  value_t* rows;     // [batch, patches, channels]: the tokens
-  acc_t* inverse;    // [batch, patches]: one over the norm; NaN when the norm is not finite
-  int32_t* tokens;   // [batch, patches]: their positions
-  int32_t* columns;  // [batch, patches]: how many places have a lower rank
+  value_t* rows;               // [batch, patches, channels]: the tokens
+  NearestTerms<acc_t>* terms;  // [batch, patches]: NaN when the norm is not finite
+  int32_t* tokens;             // [batch, patches]: their positions
+  int32_t* columns;            // [batch, patches]: how many places have a lower rank
 };
 
 namespace nearest {
@@ -70,11 +77,9 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(NearestTokenParams p
   }
   squares = warp_sum(squares);
   if (lane == 0) {
-    const acc_t norm = std::sqrt(squares);
-    const acc_t shortest = static_cast<acc_t>(kMinNorm);
-    const bool finite = squares <= std::numeric_limits<acc_t>::max();
-    sorted.inverse[place] =
-        finite ? acc_t(1) / (norm < shortest ? shortest : norm) : std::numeric_limits<acc_t>::quiet_NaN();
+    const acc_t term = token_term<acc_t>(params.similarity, squares, std::sqrt(squares));
+    const bool adds = params.similarity == Similarity::kEuclidean;
+    sorted.terms[place] = {adds ? acc_t(1) : acc_t(1) / term, adds ? term : acc_t(0)};
   }
 }
 
@@ -103,7 +108,7 @@ __global__ void __launch_bounds__(tile::kThreads)
   // Tiles of high ranks have the most candidates: they start first.
   const int64_t row = static_cast<int64_t>(tiles - 1 - static_cast<int>(blockIdx.x % tiles)) * tile::kRows;
   const tile::Rows<value_t> rows{sorted.rows + image * n * params.channels, params.channels, n};
-  const acc_t* inverse = sorted.inverse + image * n;
+  const NearestTerms<acc_t>* terms = sorted.terms + image * n;
   const int32_t* tokens = sorted.tokens + image * n;
   const int32_t* columns = sorted.columns + image * n;
 
@@ -123,7 +128,10 @@ __global__ void __launch_bounds__(tile::kThreads)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int64_t place = column + Fragment::column(j, i);
-        if (place < limit[i / 2]) best[i / 2].offer(dot.value[j][i] * inverse[place], tokens[place]);
+        if (place >= limit[i / 2]) continue;
+        acc_t value = dot.value[j][i] * terms[place].factor;  // one of both is neutral: together they take registers
+        if (params.similarity == Similarity::kEuclidean) value = dot.value[j][i] + terms[place].offset;
+        best[i / 2].offer(value, tokens[place]);
       }
     }
   }
@@ -137,9 +145,9 @@ __global__ void __launch_bounds__(tile::kThreads)
     }
     const int64_t place = row + Fragment::row(2 * half);
     if (threadIdx.x % 4 == 0 && place < n) {
-      const acc_t cosine = best[half].value * inverse[place];
-      const bool found = best[half].token != kNobody && cosine == cosine;
-      similarity[image * params.tokens + tokens[place]] = found ? cosine : acc_t(-1);
+      const acc_t value = best[half].value * terms[place].factor + terms[place].offset;
+      const bool found = best[half].token != kNobody && value == value;
+      similarity[image * params.tokens + tokens[place]] = found ? value : acc_t(-1);
       index[image * params.tokens + tokens[place]] = found ? best[half].token : -1;
     }
   }

@@ -1,0 +1,57 @@
+"""Similarity of two tokens as the matching operators define it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tokenprune_ext.checks import check_choice
+
+from ._check import accumulate_dtype, allow_tf32, check_floating
+
+SIMILARITIES = ("cosine", "dot", "euclidean")
+
+# Shorter vectors are divided by this instead of their norm, as in torch.nn.functional.normalize: zeros stay zeros.
+MIN_NORM = 1e-12
+
+
+def check_metric(metric: object, similarity: str) -> None:
+    """``metric`` is ``[B, N, D]`` with at least one token and one channel, ``similarity`` one of ``SIMILARITIES``."""
+    check_floating("metric", metric, "[B, N, D]")
+    assert isinstance(metric, Tensor)
+    if metric.shape[1] < 1 or metric.shape[2] < 1:
+        raise ValueError(f"metric must have at least one token and one channel, got shape {list(metric.shape)}")
+    check_choice("similarity", similarity, SIMILARITIES)
+
+
+def compared_rows(metric: Tensor, similarity: str) -> tuple[Tensor, Tensor]:
+    """Rows of ``metric`` as they are compared, over their norms for ``cosine``, and the norms ``[B, N, 1]``.
+
+    Both are in the dtype that sums are formed in. A row whose norm leaves its range, or for ``euclidean`` whose
+    distance to another could, becomes NaN: it is similar to nothing.
+    """
+    wide = metric.to(accumulate_dtype(metric.dtype))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    finite = (2 * norm).square().isfinite() if similarity == "euclidean" else norm.isfinite()
+    rows = wide / norm.clamp_min(MIN_NORM) if similarity == "cosine" else wide
+    return rows.masked_fill(~finite, math.nan), norm
+
+
+def pairwise(left: Tensor, right: Tensor, similarity: str) -> Tensor:
+    """``[B, I, J]`` from two parts of :func:`compared_rows`, ``[B, I, D]`` and ``[B, J, D]``."""
+    product = left @ right.mT
+    if similarity != "euclidean":
+        return product
+    return product - right.square().sum(-1).unsqueeze(1) / 2 - left.square().sum(-1, keepdim=True) / 2
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """The rows ``index`` ``[B, K]`` of ``x`` ``[B, N, D]``."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def tf32_allowed(similarity: str) -> bool:
+    """A distance is a small difference of products and norms: rounding the products alone would drown it."""
+    return similarity != "euclidean" and allow_tf32()
