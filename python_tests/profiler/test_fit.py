@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from host_models import make_host
+from matplotlib.figure import Figure
 from profiler.paper_devices import tiny_device
 
 from tokenprune_ext.profiler.edges import Edge
 from tokenprune_ext.profiler.fit import Measured, match, read_measured
 from tokenprune_ext.profiler.predict import Prediction, predict
+from tokenprune_ext.profiler.predict_plots import overlay_figure
 from tokenprune_ext.profiler.profile import BatchProfile
 from tokenprune_ext.profiler.series import Series
 from tokenprune_ext.profiler.steps import Step
@@ -140,6 +142,19 @@ def test_the_profile_of_the_profiler(predicted, tmp_path):
     assert match(predicted, measured, min_fall=0.001).measured == (7, 14)
     with pytest.raises(ValueError, match="has no batch size 1; it has: 2, 4"):
         read_measured(profile_file(tmp_path))
+
+
+def test_the_figure_shows_all_of_both_curves(predicted, tmp_path, monkeypatch):
+    """A machine that had something else to do in between, and edges that are marked where the curve is."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: drawn.append(figure))
+    measured = stairs((7, 11))
+    noisy = Measured(measured.tokens, (90.0, *measured.latency_s[1:]))
+    overlay_figure(tmp_path / "figure.png", predicted, noisy, match(predicted, measured))
+    (panel,) = drawn[0].axes
+    assert panel.get_ylim()[0] == 0
+    assert panel.get_ylim()[1] > 90 / 20
+    assert panel.get_lines()[-1].get_xydata().tolist() == [[7, 10 / 20], [11, 15 / 20]]
 
 
 def test_no_file(tmp_path: Path):

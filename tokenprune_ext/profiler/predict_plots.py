@@ -21,7 +21,6 @@ def prediction_figure(path: Path, predictions: Sequence[Prediction], dpi: int = 
     for panel, prediction in zip(panels, predictions, strict=True):
         _stairs(panel, prediction, 1e3, f"predicted, batch {prediction.batch_size}")
         panel.set_ylabel("latency, ms")
-        panel.legend(frameon=False, fontsize=9, loc="upper left")
     first = predictions[0]
     _finish(figure, panels, first, f"{first.model}, {first.device}, {first.dtype}\n{SOURCE}", path, dpi)
 
@@ -37,7 +36,6 @@ def overlay_figure(path: Path, prediction: Prediction, measured: Measured, found
     panel.plot(*zip(*shares.items(), strict=True), color=_MEASURED, linewidth=1.2, marker=".", markersize=3)
     _mark(panel, found.measured, [shares[count] for count in found.measured], _MEASURED, "s", "measured")
     panel.set_ylabel(f"latency, share of that at {most}")
-    panel.legend(frameon=False, fontsize=9, loc="upper left")
     case = f"{prediction.model}, {prediction.device}, {prediction.dtype}, batch {prediction.batch_size}"
     _finish(figure, [panel], prediction, f"{case}\n{_score(found)}", path, dpi)
 
@@ -65,7 +63,6 @@ def _stairs(panel: Any, prediction: Prediction, scale: float, label: str) -> Non
         panel.annotate(
             str(edge.tokens), (edge.tokens, at[edge.tokens]), (3, -11), textcoords="offset points", fontsize=8
         )
-    panel.set_ylim(0, None)
 
 
 def _mark(panel: Any, counts: Sequence[int], heights: Sequence[float], colour: str, marker: str, label: str) -> None:
@@ -75,6 +72,9 @@ def _mark(panel: Any, counts: Sequence[int], heights: Sequence[float], colour: s
 def _finish(figure: Any, panels: list[Any], prediction: Prediction, title: str, path: Path, dpi: int) -> None:
     prefix = f", and {prediction.num_prefix_tokens} in front" if prediction.num_prefix_tokens else ""
     panels[-1].set_xlabel(f"patch tokens that leave block {prediction.layer}{prefix}")
+    for panel in panels:  # when everything is drawn: the upper end stays with what is highest
+        panel.set_ylim(bottom=0)
+        panel.legend(frameon=False, fontsize=9, loc="lower right")
     panels[-1].set_xlim(0, prediction.tokens[-1] * 1.02)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=dpi)
