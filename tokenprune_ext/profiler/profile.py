@@ -12,7 +12,6 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from tokenprune_ext.environment import environment
-from tokenprune_ext.latency import Clock
 from tokenprune_ext.schedule import Schedule
 
 from .accuracy import data_facts, measure_accuracy
@@ -24,7 +23,7 @@ from .points import MODEL, Point, points_of, stride_grid
 from .series import Series, build_series
 from .settings import Settings, device_facts
 from .steps import Step, find_steps, need_ruptures, verdict
-from .sweep import Plan, sweep, warm_up
+from .sweep import Plan, Target, sweep, warm_up
 from .utility import Choice, alpha_sweep, choose
 
 _MARGIN = 3  # standard errors by which a choice must be faster than dense
@@ -96,7 +95,7 @@ def profile(
     accuracy_stride: int = 4,
     alpha: float = 0.5,
     origin: Mapping[str, Any] | None = None,
-    clock: Clock | None = None,
+    target: Target | None = None,
     progress: Progress | None = None,
 ) -> Profile:
     """Measure a model at every token count, find the steps of its latency, and choose how many tokens to remove.
@@ -111,7 +110,7 @@ def profile(
         accuracy_stride: distance of the token counts at which accuracy is measured; between them it is interpolated.
         alpha: weight of the latency in the utility, 0..1.
         origin: what the schedules' origin says besides, e.g. the command.
-        clock: what times a call; by default that of the model's device.
+        target: what runs and times the calls; by default the model on its device.
         progress: where to show progress bars.
 
     Raises:
@@ -127,16 +126,16 @@ def profile(
         raise ValueError(f"accuracy_stride must be at least 1, got {accuracy_stride}")
     progress = progress or Progress(disable=True)
     method, layer = settings.measured()
-    target = ModelTarget(model, method, layer, graph=settings.cuda_graph, seed=settings.seed)
-    target.clock = clock or target.clock
+    own = ModelTarget(model, method, layer, graph=settings.cuda_graph, seed=settings.seed)
+    device = own.device
     kinds = block_kinds(model) if settings.blocks else ()
     notes: list[str] = []
-    clocks = {"before": clock_state(target.device)}
+    clocks = {"before": clock_state(device)}
     with Journal(journal) as records:
         records.begin("settings", settings.to_dict())
-        records.begin("device", device_facts(target.device))
-        with target.on_device():
-            notes += _measure(target, records, settings, kinds, progress)
+        records.begin("device", device_facts(device))
+        with own.on_device():
+            notes += _measure(target or own, records, settings, kinds, progress)
         if batches:
             records.begin("accuracy", data_facts(model, batches, settings.seed))
             counts = stride_grid(settings.min_tokens, settings.num_patches, accuracy_stride)
@@ -149,8 +148,8 @@ def profile(
                 seed=settings.seed,
                 on_count=lambda done: progress.update(task, completed=done),
             )
-    clocks["after"] = clock_state(target.device)
-    found = Profile(settings, environment(target.device), clocks, dict(sorted(records.accuracy.items())), (), ())
+    clocks["after"] = clock_state(device)
+    found = Profile(settings, environment(device), clocks, dict(sorted(records.accuracy.items())), (), ())
     if not batches:
         found.accuracy.clear()
         notes.append("no images were given: nothing says what removing tokens costs, so no R is chosen")
@@ -164,7 +163,7 @@ def profile(
 
 
 def _measure(
-    target: ModelTarget, records: Journal, settings: Settings, kinds: tuple[str, ...], progress: Progress
+    target: Target, records: Journal, settings: Settings, kinds: tuple[str, ...], progress: Progress
 ) -> list[str]:
     """Warm up and visit all points; says what went not as it should."""
     grid = settings.counts()
