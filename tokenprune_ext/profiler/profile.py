@@ -26,6 +26,7 @@ from .steps import Step, find_steps, need_ruptures, verdict
 from .sweep import Plan, Target, sweep, warm_up
 from .utility import Choice, alpha_sweep, choose
 
+_NOISY = 0.02  # relative standard error from which a choice among neighbours is luck
 _MARGIN = 3  # standard errors by which a choice must be faster than dense
 
 
@@ -256,6 +257,11 @@ def _origin(found: Profile, series: Series, choice: Choice, more: Mapping[str, A
 def _notes(one: BatchProfile) -> list[str]:
     name = f"batch {one.batch_size}"
     notes = [f"{name}: {one.verdict}"]
+    if one.series.noise > _NOISY:
+        notes.append(
+            f"{name}: latencies closer than {200 * one.series.noise:.1f} % cannot be told apart, and neither can choices among "
+            "such counts: repeat on a quiet machine, or with more rounds"
+        )
     if one.skipped:
         notes.append(f"{name}: {len(one.skipped)} token counts were not measured: {ranges(one.skipped)}")
     if one.choice is not None and one.choice.removed == 0:
