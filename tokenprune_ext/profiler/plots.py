@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from tokenprune_ext.report.plots import COLOURS, STYLE
 
 from .blocks import BlockTable
-from .profile import BatchProfile, Profile
+from .result import BatchProfile, Profile
 from .utility import utilities
 
 Prediction = Sequence[tuple[int, float]]  # (patch tokens, seconds)
