@@ -124,6 +124,13 @@ def test_other_settings_device_or_images_are_refused(
     assert path.read_bytes() == before
 
 
+def test_noise_in_which_neighbours_cannot_be_told_apart_is_said(model: nn.Module, tmp_path: Path) -> None:
+    quiet = run(model, tmp_path / "quiet.jsonl", slope, [], stride=8)
+    assert not any("told apart" in note for note in quiet.notes)
+    loud = run(model, tmp_path / "loud.jsonl", slope, [], stride=8, noise=0.2)
+    assert any("cannot be told apart" in note for note in loud.notes)
+
+
 def test_another_alpha_measures_nothing_again(
     model: nn.Module, batches: list[tuple[Tensor, Tensor]], tmp_path: Path
 ) -> None:
