@@ -63,6 +63,18 @@ def test_a_second_run_measures_nothing_again(profiled: tuple[Result, Path, tuple
     assert json.loads((output / "schedule_b1.json").read_text())["origin"]["alpha"] == 0
 
 
+def test_without_images_there_is_a_profile_and_no_r(tmp_path: Path) -> None:
+    result = run("profile", *MODEL, *QUICK, "--no-blocks", "--mode", "paper", "--coarse", 8, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "no images were given" in result.output
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "profile.jsonl", "profile.json", "report.html", "staircase_b1.png",
+    }  # fmt: skip
+    page = (tmp_path / "report.html").read_text()
+    assert "Random tokens removed at the first layer" in page
+    assert "Not measured: 4, 12" in page
+
+
 def test_other_settings_are_refused(profiled: tuple[Result, Path, tuple[object, ...]]) -> None:
     _, output, args = profiled
     before = {path: path.read_bytes() for path in output.iterdir()}

@@ -92,6 +92,8 @@ def test_where_nothing_beats_dense_r_is_0(
     assert (one.schedule.method, one.schedule.keep) == ("dense", {})
     applied = tokenprune.apply(timm.create_model("test_vit", img_size=224), one.schedule)  # without a warning
     assert tokenprune.describe(applied).blocks_macs == tokenprune.describe(applied).dense_blocks_macs
+    write_profile(found, tmp_path, "")
+    assert "<strong>R = 0</strong>: nothing beats dense" in (tmp_path / "report.html").read_text()
 
 
 def test_coarse_says_what_was_skipped(model: nn.Module, batches: list[tuple[Tensor, Tensor]], tmp_path: Path) -> None:
