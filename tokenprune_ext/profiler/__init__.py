@@ -3,7 +3,8 @@
 from .accuracy import measure_accuracy
 from .blocks import BlockTable, block_latency
 from .journal import Journal, ProfileError
-from .profile import BatchProfile, Profile, profile
+from .result import BatchProfile, Profile
+from .run import profile
 from .series import Series
 from .settings import Settings
 from .steps import Step, find_steps

@@ -12,14 +12,13 @@ import numpy as np
 from torch import nn
 
 from tokenprune_ext.environment import device_name
-from tokenprune_ext.latency import Clock
 from tokenprune_ext.methods import Dense
 
 from .journal import ProfileError, Records
 from .models import ModelTarget, block_kinds
 from .points import points_of, stride_grid
 from .series import Visits, build_series
-from .sweep import OnVisit, Plan, sweep
+from .sweep import OnVisit, Plan, Target, sweep
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def block_latency(
     visit_s: float = 0.05,
     cuda_graph: bool = False,
     seed: int = 0,
-    clock: Clock | None = None,
+    target: Target | None = None,
     on_visit: OnVisit = lambda done, needed: None,
 ) -> BlockTable:
     """Measure the latency of the blocks of a dense model at token counts, in random order over several rounds.
@@ -138,22 +137,20 @@ def block_latency(
         counts: patch tokens that enter a block; by default every eighth, and 1.
         batch_size: images.
         rounds, visit_s, cuda_graph, seed: see ``Settings``.
-        clock: what times a call; by default that of the model's device.
+        target: what runs and times the calls; by default the model on its device.
         on_visit: called with the visits done and those known to be needed.
 
     Raises:
         UnsupportedModelError: the model is not understood.
         ValueError: a count that the model does not have, or CUDA graphs on another device.
     """
-    target = ModelTarget(model, Dense(), 0, graph=cuda_graph, seed=seed)
-    if clock is not None:
-        target.clock = clock
-    patches = target.host.num_patches
+    own = ModelTarget(model, Dense(), 0, graph=cuda_graph, seed=seed)
+    patches = own.host.num_patches
     tokens = stride_grid(1, patches, 8) if counts is None else tuple(sorted({*counts}))
     if not tokens or not 1 <= tokens[0] <= tokens[-1] <= patches:
         raise ValueError(f"counts must be patch tokens in 1..{patches}, got {tokens}")
     kinds, records = block_kinds(model), Records()
     points = points_of(dict.fromkeys(kinds), (batch_size,), tokens)
-    with target.on_device():
-        sweep(target, records, points, Plan(rounds, visit_s, float("inf"), seed), on_visit=on_visit)
+    with own.on_device():
+        sweep(target or own, records, points, Plan(rounds, visit_s, float("inf"), seed), on_visit=on_visit)
     return block_table(records.visits, kinds, batch_size, model, patches)

@@ -114,9 +114,7 @@ class Journal(Records):
             return
         lines = content.split(b"\n")
         if lines[0] + b"\n" != header:
-            raise ProfileError(
-                f"{self.path} is no profile of format {FORMAT}: its first line is not {header.decode().strip()}"
-            )
+            raise ProfileError(f"{self.path} is no profile: its first line is not {header.decode().strip()}")
         for number, line in enumerate(lines[1:-1], start=2):
             try:
                 self._take(json.loads(line))

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from tokenprune_ext.report.plots import COLOURS, STYLE
 
 from .blocks import BlockTable
-from .profile import BatchProfile, Profile
+from .result import BatchProfile, Profile
 from .utility import utilities
 
 Prediction = Sequence[tuple[int, float]]  # (patch tokens, seconds)
@@ -51,14 +51,12 @@ def staircase(profile: Profile, one: BatchProfile, predicted: Prediction = ()) -
             axes.axvline(place, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), label=None if number else "step")
             if len(one.steps) <= _FEW:
                 text = f"{100 * step.relative:+.1f} %"
-                at = {"xy": (place, 0.02), "xycoords": ("data", "axes fraction")}
-                axes.annotate(
-                    text, **at, xytext=(2, 0), textcoords="offset points", fontsize=7.5, rotation=90, color=_INK
-                )
+                at = {"xy": (place, 0.98), "xycoords": ("data", "axes fraction"), "va": "top", "rotation": 90}
+                axes.annotate(text, **at, xytext=(2, 0), textcoords="offset points", fontsize=7.5, color=_INK)
         _mark_choice(axes, one, lambda tokens: 1e3 * series.latency[tokens])
         axes.set_xlabel(_TOKENS)
         axes.set_ylabel("latency, ms")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.2e3 * max(*series.q80_s, *series.median_s))  # the labels of steps have room at the top
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         prefix = settings.num_prefix_tokens
         scale = one.batch_size * settings.channels / 1e3
@@ -66,7 +64,7 @@ def staircase(profile: Profile, one: BatchProfile, predicted: Prediction = ()) -
             "top", functions=(lambda n: scale * (prefix + n), lambda workload: workload / scale - prefix)
         )
         top.set_xlabel("workload size B × N × C, thousands")
-        axes.legend(frameon=False, fontsize=8.5, loc="upper left")
+        axes.legend(fontsize=8.5, loc="lower right", framealpha=0.9, edgecolor="none")  # over the lines of steps
 
     return _png(draw)
 
@@ -107,7 +105,9 @@ def utility(profile: Profile, one: BatchProfile) -> bytes:
         left.set_xlabel(_TOKENS)
         left.set_ylabel(f"utility at α = {one.choice.alpha:g}")
         left.set_ylim(0, 1.05)
-        left.legend(frameon=False, fontsize=8.5)
+        left.legend(
+            frameon=False, fontsize=7.5, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1.2
+        )
         alphas, removed = zip(*((choice.alpha, choice.removed) for choice in one.sweep), strict=True)
         right.step(alphas, removed, where="mid", color=_PINK, linewidth=1.4)
         right.plot(alphas, removed, "o", color=_PINK, markersize=4)

@@ -12,7 +12,7 @@ from tokenprune_ext.report import render
 
 from . import plots
 from .plots import Prediction
-from .profile import BatchProfile, Profile, ranges
+from .result import BatchProfile, Profile, ranges
 
 
 def write_profile(

@@ -13,7 +13,7 @@ from tokenprune_ext.latency import time_in_turns
 from tokenprune_ext.prune import apply
 
 from .models import ModelTarget
-from .profile import BatchProfile
+from .result import BatchProfile
 from .settings import Settings
 
 

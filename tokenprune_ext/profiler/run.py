@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from tokenprune_ext.environment import environment
-from tokenprune_ext.latency import Clock
 from tokenprune_ext.schedule import Schedule
 
 from .accuracy import data_facts, measure_accuracy
@@ -21,70 +19,14 @@ from .clocks import clock_state
 from .journal import Journal
 from .models import ModelTarget, block_kinds
 from .points import MODEL, Point, points_of, stride_grid
+from .result import BatchProfile, Profile, notes_on
 from .series import Series, build_series
 from .settings import Settings, device_facts
-from .steps import Step, find_steps, need_ruptures, verdict
-from .sweep import Plan, sweep, warm_up
+from .steps import find_steps, need_ruptures, verdict
+from .sweep import Plan, Target, sweep, warm_up
 from .utility import Choice, alpha_sweep, choose
 
 _MARGIN = 3  # standard errors by which a choice must be faster than dense
-
-
-@dataclass(frozen=True)
-class BatchProfile:
-    """What was found for one batch size.
-
-    Attributes:
-        series: latency of the model by patch tokens kept.
-        workload: batch size times tokens times channels, at each count of the series.
-        steps: steps beyond the noise, and ``verdict`` says the same in words.
-        skipped: counts of the grid that were not measured.
-        blocks: latencies of single blocks; None when they were not measured.
-        margin: share of the dense latency by which a count had to be faster to be chosen.
-        choice: the count of the highest utility; None without images.
-        sweep: the same for alpha = 0, 0.1, ..., 1; empty without images.
-        schedule: what reproduces the choice.
-    """
-
-    batch_size: int
-    series: Series
-    workload: tuple[int, ...]
-    steps: tuple[Step, ...]
-    verdict: str
-    skipped: tuple[int, ...]
-    blocks: BlockTable | None
-    margin: float
-    choice: Choice | None
-    sweep: tuple[Choice, ...]
-    schedule: Schedule | None
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Everything that was measured and chosen.
-
-    Attributes:
-        accuracy: measure, value and standard error by patch tokens kept; empty without images.
-        clocks: state of the device's clocks before and after.
-        notes: what a reader has to know.
-    """
-
-    settings: Settings
-    environment: dict[str, Any]
-    clocks: dict[str, dict[str, str]]
-    accuracy: dict[int, dict[str, Any]]
-    batches: tuple[BatchProfile, ...]
-    notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return asdict(self)
-
-    def accuracy_at(self, counts: Iterable[int]) -> dict[int, float]:
-        """Accuracy at token counts; on a line between two that were evaluated."""
-        known = sorted(self.accuracy)
-        values = [self.accuracy[tokens]["value"] for tokens in known]
-        return {tokens: float(np.interp(tokens, known, values)) for tokens in counts}
 
 
 def profile(
@@ -96,7 +38,7 @@ def profile(
     accuracy_stride: int = 4,
     alpha: float = 0.5,
     origin: Mapping[str, Any] | None = None,
-    clock: Clock | None = None,
+    target: Target | None = None,
     progress: Progress | None = None,
 ) -> Profile:
     """Measure a model at every token count, find the steps of its latency, and choose how many tokens to remove.
@@ -111,7 +53,7 @@ def profile(
         accuracy_stride: distance of the token counts at which accuracy is measured; between them it is interpolated.
         alpha: weight of the latency in the utility, 0..1.
         origin: what the schedules' origin says besides, e.g. the command.
-        clock: what times a call; by default that of the model's device.
+        target: what runs and times the calls; by default the model on its device.
         progress: where to show progress bars.
 
     Raises:
@@ -127,16 +69,16 @@ def profile(
         raise ValueError(f"accuracy_stride must be at least 1, got {accuracy_stride}")
     progress = progress or Progress(disable=True)
     method, layer = settings.measured()
-    target = ModelTarget(model, method, layer, graph=settings.cuda_graph, seed=settings.seed)
-    target.clock = clock or target.clock
+    own = ModelTarget(model, method, layer, graph=settings.cuda_graph, seed=settings.seed)
+    device = own.device
     kinds = block_kinds(model) if settings.blocks else ()
     notes: list[str] = []
-    clocks = {"before": clock_state(target.device)}
+    clocks = {"before": clock_state(device)}
     with Journal(journal) as records:
         records.begin("settings", settings.to_dict())
-        records.begin("device", device_facts(target.device))
-        with target.on_device():
-            notes += _measure(target, records, settings, kinds, progress)
+        records.begin("device", device_facts(device))
+        with own.on_device():
+            notes += _measure(target or own, records, settings, kinds, progress)
         if batches:
             records.begin("accuracy", data_facts(model, batches, settings.seed))
             counts = stride_grid(settings.min_tokens, settings.num_patches, accuracy_stride)
@@ -149,22 +91,22 @@ def profile(
                 seed=settings.seed,
                 on_count=lambda done: progress.update(task, completed=done),
             )
-    clocks["after"] = clock_state(target.device)
-    found = Profile(settings, environment(target.device), clocks, dict(sorted(records.accuracy.items())), (), ())
+    clocks["after"] = clock_state(device)
+    accuracy = dict(sorted(records.accuracy.items())) if batches else {}
+    found = Profile(settings, environment(device), clocks, accuracy, (), ())
     if not batches:
-        found.accuracy.clear()
         notes.append("no images were given: nothing says what removing tokens costs, so no R is chosen")
     built = []
     for (kind, batch_size), series in build_series(records.visits).items():
         if kind == MODEL:
             table = block_table(records.visits, kinds, batch_size, model, settings.num_patches) if kinds else None
             built.append(_batch(model, found, series, table, alpha, origin or {}))
-    notes += [note for one in built for note in _notes(one)]
-    return Profile(settings, found.environment, clocks, found.accuracy, tuple(built), tuple(notes))
+    notes += [note for one in built for note in notes_on(one)]
+    return replace(found, batches=tuple(built), notes=tuple(notes))
 
 
 def _measure(
-    target: ModelTarget, records: Journal, settings: Settings, kinds: tuple[str, ...], progress: Progress
+    target: Target, records: Journal, settings: Settings, kinds: tuple[str, ...], progress: Progress
 ) -> list[str]:
     """Warm up and visit all points; says what went not as it should."""
     grid = settings.counts()
@@ -252,24 +194,3 @@ def _origin(found: Profile, series: Series, choice: Choice, more: Mapping[str, A
         "proxy_accuracy": choice.accuracy,
         "created": env["created"],
     }
-
-
-def _notes(one: BatchProfile) -> list[str]:
-    name = f"batch {one.batch_size}"
-    notes = [f"{name}: {one.verdict}"]
-    if one.skipped:
-        notes.append(f"{name}: {len(one.skipped)} token counts were not measured: {ranges(one.skipped)}")
-    if one.choice is not None and one.choice.removed == 0:
-        notes.append(f"{name}: nothing beats dense at alpha = {one.choice.alpha:g}, so R = 0")
-    return notes
-
-
-def ranges(values: Sequence[int]) -> str:
-    """Whole numbers, ascending, with runs as first-last."""
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1].append(value)
-        else:
-            runs.append([value])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
