@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from tokenprune_ext.cli import main
-from tokenprune_ext.distributed import ProcessError, Processes
+from tokenprune_ext.distributed import ProcessError, Processes, processes
 from tokenprune_ext.schedule import Schedule
 from tokenprune_ext.sharded import _shard, own_images
 
@@ -44,9 +44,9 @@ def run(*args: str) -> Result:
     return CliRunner().invoke(main, list(args))
 
 
-def launch(folder: Path, *args: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+def launch(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     """Under torchrun, which gives every process one thread."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
         [*torchrun, "-m", "tokenprune_ext", *args],
         capture_output=True,
@@ -72,7 +72,7 @@ def test_two_processes_find_what_one_finds(inputs: Path, folder: Path, tmp_path:
     )
     one = run(*args, "--json", str(tmp_path / "one.json"))
     assert one.exit_code == 0, one.output
-    two = launch(tmp_path, *args, "--json", "two.json")
+    two = launch(tmp_path, *args, "--json", "two.json", "--workers", str(batch // 16))  # the last one counts
     assert two.returncode == 0, two.stderr
     found = figures(tmp_path / "one.json")
     assert figures(tmp_path / "two.json") == found
@@ -100,6 +100,17 @@ def test_what_is_wrong_in_all_processes_is_said_once(inputs: Path, tmp_path: Pat
     two = launch(tmp_path, *arguments(inputs, inputs / "images.tsv", "--method", "topk", "--keep", "0.5,0.5,0.5,0.5"))
     assert two.returncode != 0
     assert two.stderr.count("Usage: tokenprune eval") == 1, two.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "words"), [("cuda:0", "2 processes cannot share cuda:0"), ("cuda", "more processes .* than its 0 GPUs")]
+)
+def test_every_process_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, device: str, words: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match=words), processes(device):
+        pass
 
 
 class OtherFails(Processes):
@@ -184,9 +195,9 @@ def test_models_that_are_not_supported(inputs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 40])
 @pytest.mark.parametrize("batch", [1, 4, 50])
-@pytest.mark.parametrize("processes", [1, 2, 3, 8])
-def test_every_image_is_in_one_batch_of_one_process(count: int, batch: int, processes: int) -> None:
-    group = [Processes(rank, processes, torch.device("cpu")) for rank in range(processes)]
+@pytest.mark.parametrize("number", [1, 2, 3, 8])
+def test_every_image_is_in_one_batch_of_one_process(count: int, batch: int, number: int) -> None:
+    group = [Processes(rank, number, torch.device("cpu")) for rank in range(number)]
     shards = [_shard(count, batch, process) for process in group]
     alone = _shard(count, batch, Processes(0, 1, torch.device("cpu")))
     assert sorted(image for shard in shards for part in shard for image in part) == [*range(count)]
