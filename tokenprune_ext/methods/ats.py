@@ -66,8 +66,7 @@ class ATS(Method):
 
     def scores(self, ctx: AttentionContext) -> Tensor:
         """Attention of the class token times length of the value vector, summed over the heads, ``[B, N]``."""
-        attention = ctx.class_attention()
-        return (attention * torch.linalg.vector_norm(ctx.v, dim=-1, dtype=attention.dtype)).sum(1)
+        return ctx.attention_given("sum", value_length=True)
 
     def scoring_macs(self, cost: BlockCost, host: Host, layer: int, tokens: int, keep: int) -> int:
         return 2 * tokens * cost.heads * cost.head_dim

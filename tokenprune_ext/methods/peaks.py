@@ -97,10 +97,9 @@ class Peaks(ScoredMethod):
         if source == "received" and not self.value_length:
             return ctx.attention_received("mean", "all")
         if source == "class":
-            heads = ctx.class_attention()
-        else:
-            # One iteration from ones is the attention received, head by head.
-            heads = ctx.page_rank(None, 1 if source == "received" else _WPR_ITERS)
+            return ctx.attention_given("mean", self.value_length)
+        # One iteration from ones is the attention received, head by head.
+        heads = ctx.page_rank(None, 1 if source == "received" else _WPR_ITERS)
         if self.value_length:
             heads = heads * torch.linalg.vector_norm(ctx.v, dim=-1, dtype=heads.dtype)
         return heads.mean(1)

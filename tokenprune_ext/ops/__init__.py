@@ -6,6 +6,7 @@ Importing this package defines them; the kernels come from the compiled librarie
 from .attn_colsum import attn_colsum
 from .attn_colsum_qk import attn_colsum_qk
 from .bipartite_match import bipartite_match
+from .class_attention import class_attention
 from .head_aggregate import head_aggregate
 from .head_reduced_sum import head_reduced_sum
 from .merge_tokens import merge_tokens
@@ -18,6 +19,7 @@ __all__ = [
     "attn_colsum",
     "attn_colsum_qk",
     "bipartite_match",
+    "class_attention",
     "head_aggregate",
     "head_reduced_sum",
     "merge_tokens",

@@ -65,6 +65,21 @@ class AttentionContext:
             logits = logits + self.bias[:, :, :1]
         return torch.softmax(logits.squeeze(2), dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
+    def attention_given(self, head_reduce: str, value_length: bool = False) -> Tensor:
+        """Attention the class token gives every token, over the heads, ``[B, N]``; see ``ops.class_attention``.
+
+        Args:
+            head_reduce: ``mean``, ``max`` or ``sum`` over the heads.
+            value_length: multiply it, head by head, with the length of the token's value vector.
+
+        Raises:
+            ValueError: the model has no class token.
+        """
+        if not self.has_class_token:
+            raise ValueError("attention_given needs a class token, and this model has none")
+        bias = None if self.bias is None else self.bias[:, :, :1].to(self.q.dtype)
+        return ops.class_attention(self.q, self.k, self.scale, self.v if value_length else None, bias, head_reduce)
+
     def attention_received(self, head_reduce: str, query_rows: str) -> Tensor:
         """Attention every token gets, ``[B, N]``; see ``ops.attn_colsum`` for the arguments."""
         if self._dense_bias:
