@@ -131,7 +131,7 @@ void match_all(const NearestTokenParams& params, const Tensor& metric, const Ten
       sort_image(params, data_ptr<int64_t>(rank) + b * params.tokens, sorted);
       pack_units(params, vector_ptr<scalar_t>(metric) + b * params.tokens * params.channels, sorted);
       match_places(params, sorted, products.get(), best, chosen);
-      if (follow) (*follow)(b, {products.get(), sorted.stride, sorted.tokens.data()});
+      if (follow) (*follow)(b, {products.get(), sorted.stride, sorted.tokens.data(), best});
     }
   };
   // A thread an image where that keeps all busy, since an image fits its cache; else all threads on each image in turn.

@@ -14,6 +14,7 @@ struct Similarities {
   const void* rows;  // [patches, stride], in the dtype of sums
   int64_t stride;
   const int32_t* tokens;  // [stride]: the token of every place
+  const void* largest;    // [tokens]: the result of every token
 };
 
 // Called after every image, with its similarities; by several threads at once.

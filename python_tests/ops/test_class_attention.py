@@ -36,7 +36,7 @@ class TestClassAttention(OpMatrix):
         for tokens, reduce in itertools.product(TOKENS, REDUCE):
             batch, heads = sizes(tokens)
             full = given(batch, heads, tokens, 16, v=16, bias=(batch, heads))
-            yield Sample(full, (0.25, reduce), f"N={tokens} {reduce}", tokens <= 257)
+            yield Sample(full, (0.25, reduce), f"N={tokens} {reduce}", tokens <= 64 or (tokens, reduce) == (257, "max"))
         for channels in CHANNELS:
             yield Sample(given(2, 3, 19, channels, v=channels), (channels**-0.5, "mean"), f"d={channels}")
             yield Sample(given(2, 3, 19, 16, v=channels), (0.25, "sum"), f"d of v={channels}")
@@ -58,7 +58,8 @@ class TestClassAttention(OpMatrix):
             for which, at in enumerate(((0, 0, 0, 1), (0, 1, 5, 2), (1, 0, 6, 3), (1, 2, 0, 7))):
                 broken = [tensor.clone() for tensor in whole]
                 broken[which][at] = value
-                yield Sample(tuple(broken), (0.5, reduce), f"{value} in argument {which} {reduce}")
+                name = f"{value} in argument {which} {reduce}"
+                yield Sample(tuple(broken), (0.5, reduce), name, reduce == "max" and math.isnan(value))
 
     def small_sample(self) -> Sample:
         return Sample(given(3, 2, 9, 4, v=4, bias=(3, 2)), (0.5, "max"))

@@ -11,6 +11,7 @@ from .head_aggregate import head_aggregate
 from .head_reduced_sum import head_reduced_sum
 from .merge_tokens import merge_tokens
 from .nearest_token import nearest_token
+from .peaks_match import peaks_match
 from .topk_gather import topk_gather
 from .wpr import wpr
 from .wpr_qk import wpr_qk
@@ -24,6 +25,7 @@ __all__ = [
     "head_reduced_sum",
     "merge_tokens",
     "nearest_token",
+    "peaks_match",
     "topk_gather",
     "wpr",
     "wpr_qk",
