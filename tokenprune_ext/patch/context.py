@@ -96,13 +96,13 @@ class AttentionContext:
 
     def take(self, tensor: Tensor, kept: Tensor, dim: int = 1) -> Tensor:
         """The prefix tokens and the patch tokens at ``kept`` ``[B, K]``, of a tensor whose ``dim`` is the tokens."""
-        prefix = torch.arange(self.num_prefix, device=kept.device).expand(kept.shape[0], -1)
+        batch, tokens = kept.shape[0], tensor.shape[dim]
+        prefix = torch.arange(self.num_prefix, device=kept.device).expand(batch, -1)
         index = torch.cat([prefix, kept], 1)
-        tensor = tensor.expand(index.shape[0], *tensor.shape[1:])
-        shape, lengths = [1] * tensor.dim(), list(tensor.shape)
-        shape[0], shape[dim] = index.shape
-        lengths[dim] = -1
-        return tensor.gather(dim, index.view(shape).expand(lengths))  # take_along_dim fixes the batch in torch.export
+        # Whole rows of all images at once: a gather along `dim` would look up every number on its own.
+        rows = tensor.expand(batch, *tensor.shape[1:]).movedim(dim, 1).flatten(0, 1)
+        first = torch.arange(batch, device=kept.device).unsqueeze(1) * tokens
+        return rows.index_select(0, (first + index).flatten()).unflatten(0, index.shape).movedim(1, dim)
 
     def restricted(self, kept: Tensor) -> AttentionContext:
         """The prefix tokens and the patch tokens at ``kept`` ``[B, K]`` alone, as if there were no others."""
