@@ -30,42 +30,38 @@ template <typename acc_t, typename Term>
   return parts[0];
 }
 
-// The keys of an image, token after token, as they lie in memory: logits[h, n] = scale * q . k.
+// Logits, and lengths of the values if there are any, [heads, tokens] each: token after token, as an image lies in
+// memory.
 template <typename value_t, typename acc_t>
-TOKENPRUNE_MULTIVERSION void form_logits(const QkParams& qk, const acc_t* __restrict__ q, const value_t* __restrict__ k,
-                                         acc_t* __restrict__ logits) {
+TOKENPRUNE_MULTIVERSION void visit_tokens(const ClassAttentionParams& params, const acc_t* __restrict__ q,
+                                          const value_t* __restrict__ k, const value_t* __restrict__ v,
+                                          acc_t* __restrict__ logits, acc_t* __restrict__ lengths) {
+  const QkParams& qk = params.qk;
   const acc_t scale = static_cast<acc_t>(qk.scale);
-  for (int64_t n = 0; n < qk.tokens; ++n) {
+  for (int64_t n = 0; n < qk.tokens; ++n, k += qk.k_token_stride) {
     for (int64_t h = 0; h < qk.heads; ++h) {
       const acc_t* query = q + h * qk.channels;
-      const value_t* key = k + h * qk.k_head_stride + n * qk.k_token_stride;
-      const acc_t dot =
-          sum_by_halves<acc_t>(qk.channels, [&](int64_t c) { return query[c] * static_cast<acc_t>(key[c]); });
-      logits[h * qk.tokens + n] = dot * scale;
+      const value_t* key = k + h * qk.k_head_stride;
+      const auto product = [&](int64_t c) { return query[c] * static_cast<acc_t>(key[c]); };
+      logits[h * qk.tokens + n] = sum_by_halves<acc_t>(qk.channels, product) * scale;
     }
-  }
-}
-
-// The values of an image in the same order: weights[h, n] *= |v|.
-template <typename value_t, typename acc_t>
-TOKENPRUNE_MULTIVERSION void multiply_lengths(const ClassAttentionParams& params, const value_t* __restrict__ v,
-                                              acc_t* __restrict__ weights) {
-  for (int64_t n = 0; n < params.qk.tokens; ++n) {
-    for (int64_t h = 0; h < params.qk.heads; ++h) {
+    if (!v) continue;
+    for (int64_t h = 0; h < qk.heads; ++h) {
       const value_t* value = v + h * params.v_head_stride + n * params.v_token_stride;
       const auto square = [&](int64_t c) { return static_cast<acc_t>(value[c]) * static_cast<acc_t>(value[c]); };
-      weights[h * params.qk.tokens + n] *= std::sqrt(sum_by_halves<acc_t>(params.v_channels, square));
+      lengths[h * qk.tokens + n] = std::sqrt(sum_by_halves<acc_t>(params.v_channels, square));
     }
   }
 }
 
+// The softmax of a head's row, times the lengths.
 template <typename value_t, typename acc_t>
-void softmax_row(const value_t* bias, int64_t n, acc_t* row) {
+void weigh_row(const value_t* bias, const acc_t* lengths, int64_t n, acc_t* row) {
   if (bias) {
     for (int64_t i = 0; i < n; ++i) row[i] += static_cast<acc_t>(bias[i]);
   }
   const acc_t sum = exp_row(row, n, row_max(row, n));
-  for (int64_t i = 0; i < n; ++i) row[i] /= sum;
+  for (int64_t i = 0; i < n; ++i) row[i] = row[i] / sum * (lengths ? lengths[i] : acc_t(1));
 }
 
 template <bool kMax, typename acc_t>
@@ -86,15 +82,17 @@ void weigh_images(const ClassAttentionParams& params, const value_t* q, const va
   torch::stable::parallel_for(0, qk.batch, 1, [&](int64_t begin, int64_t end) {
     std::vector<acc_t> query(qk.heads * qk.channels);
     std::vector<acc_t> weights(qk.heads * qk.tokens);
+    std::vector<acc_t> lengths(v ? qk.heads * qk.tokens : 0);
     for (int64_t b = begin; b < end; ++b) {
       for (int64_t h = 0; h < qk.heads; ++h) {
         std::copy_n(q + qk.q_offset(b, h), qk.channels, query.data() + h * qk.channels);
       }
-      form_logits(qk, query.data(), k + qk.k_offset(b, 0), weights.data());
+      visit_tokens(params, query.data(), k + qk.k_offset(b, 0), v ? v + params.v_offset(b, 0) : nullptr, weights.data(),
+                   lengths.data());
       for (int64_t h = 0; h < qk.heads; ++h) {
-        softmax_row(bias ? bias + params.bias_offset(b, h) : nullptr, qk.tokens, weights.data() + h * qk.tokens);
+        weigh_row(bias ? bias + params.bias_offset(b, h) : nullptr, v ? lengths.data() + h * qk.tokens : nullptr,
+                  qk.tokens, weights.data() + h * qk.tokens);
       }
-      if (v) multiply_lengths(params, v + params.v_offset(b, 0), weights.data());
       acc_t* to = out + b * qk.tokens;
       if (params.head_reduce == HeadReduce::kMax) {
         join_heads<true>(weights.data(), qk.heads, qk.tokens, acc_t(1), to);

@@ -75,32 +75,42 @@ struct Rows {
   int64_t channel_stride = 1;
 };
 
-// out[r * out_stride + c] = factor * (row r . column c) for kRows rows and all padded columns.
+// out[r * out_stride + c] = factor * (row r . column c) for kRows rows and the first kHalves halves of a panel.
+template <int kRows, int kHalves, typename acc_t>
+[[gnu::always_inline]] inline void dot_panel(const acc_t* __restrict__ rows, int64_t row_stride, int64_t channel_stride,
+                                             const acc_t* __restrict__ panel, int64_t d, acc_t factor,
+                                             acc_t* __restrict__ out, int64_t out_stride) {
+  constexpr int64_t kWidth = panel_width<acc_t>();
+  typedef acc_t vector_t __attribute__((vector_size(64), aligned(sizeof(acc_t)), may_alias));
+  vector_t sums[kHalves][kRows] = {};
+  for (int64_t c = 0; c < d; ++c, panel += kWidth, rows += channel_stride) {
+#pragma GCC unroll 2
+    for (int half = 0; half < kHalves; ++half) {
+      const vector_t columns = *reinterpret_cast<const vector_t*>(panel + half * kWidth / 2);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sums[half][r] += rows[r * row_stride] * columns;
+    }
+  }
+#pragma GCC unroll 2
+  for (int half = 0; half < kHalves; ++half) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      *reinterpret_cast<vector_t*>(out + r * out_stride + half * kWidth / 2) = sums[half][r] * factor;
+    }
+  }
+}
+
+// The same for the first n columns of all panels, rounded up to half a panel.
 template <int kRows, typename acc_t>
 TOKENPRUNE_MULTIVERSION void dot_rows(const acc_t* __restrict__ rows, int64_t row_stride, int64_t channel_stride,
                                       const acc_t* __restrict__ panels, int64_t d, int64_t n, acc_t factor,
                                       acc_t* __restrict__ out, int64_t out_stride) {
   constexpr int64_t kWidth = panel_width<acc_t>();
-  typedef acc_t vector_t __attribute__((vector_size(64), aligned(sizeof(acc_t)), may_alias));
-  for (int64_t first = 0; first < n; first += kWidth, panels += kWidth * d) {
-    vector_t low[kRows] = {}, high[kRows] = {};
-    const acc_t* panel = panels;
-    const acc_t* channel = rows;
-    for (int64_t c = 0; c < d; ++c, panel += kWidth, channel += channel_stride) {
-      const vector_t left = *reinterpret_cast<const vector_t*>(panel);
-      const vector_t right = *reinterpret_cast<const vector_t*>(panel + kWidth / 2);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        low[r] += channel[r * row_stride] * left;
-        high[r] += channel[r * row_stride] * right;
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      *reinterpret_cast<vector_t*>(out + r * out_stride + first) = low[r] * factor;
-      *reinterpret_cast<vector_t*>(out + r * out_stride + first + kWidth / 2) = high[r] * factor;
-    }
+  int64_t first = 0;
+  for (; first + kWidth / 2 < n; first += kWidth, panels += kWidth * d) {
+    dot_panel<kRows, 2>(rows, row_stride, channel_stride, panels, d, factor, out + first, out_stride);
   }
+  if (first < n) dot_panel<kRows, 1>(rows, row_stride, channel_stride, panels, d, factor, out + first, out_stride);
 }
 
 // The same for any number of rows.

@@ -18,7 +18,8 @@
 namespace tokenprune {
 namespace {
 
-constexpr int64_t kRows = 16;  // rows a task owns
+constexpr int64_t kRows = 16;     // rows a task owns
+constexpr int64_t kTogether = 4;  // of them, those with as many columns as the last
 constexpr int64_t kLanes = kBestLanes;
 
 // The patch tokens of one image, sorted by rank. A place is a position in that order.
@@ -102,10 +103,13 @@ void match_places(const NearestTokenParams& params, const Sorted<acc_t>& sorted,
       // Later rows have more columns: one from each end in turn, so that threads get equal shares.
       const int64_t first = (turn % 2 ? blocks - 1 - turn / 2 : turn / 2) * kRows;
       const int64_t count = std::min(kRows, n - first);
-      const Rows<acc_t> rows{sorted.panels.get() + first / kWidth * kWidth * d + first % kWidth, 1, kWidth};
+      const acc_t* rows = sorted.panels.get() + first / kWidth * kWidth * d + first % kWidth;
       acc_t* out = products ? products + first * stride : own.get();
-      // Columns only become more from row to row.
-      dot_block(rows, count, sorted.panels.get(), d, sorted.columns[first + count - 1], acc_t(1), out, stride);
+      for (int64_t r = 0; r < count; r += kTogether) {
+        const int64_t last = std::min(r + kTogether, count) - 1;  // columns only become more from row to row
+        dot_block({rows + r, 1, kWidth}, last + 1 - r, sorted.panels.get(), d, sorted.columns[first + last], acc_t(1),
+                  out + r * stride, stride);
+      }
       for (int64_t r = 0; r < count; ++r) {
         const int32_t token = sorted.tokens[first + r];
         find_best(out + r * stride, sorted.tokens.data(), sorted.columns[first + r], similarity + token, index + token);
