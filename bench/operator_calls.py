@@ -26,6 +26,7 @@ def operator_calls(device: str, dtype: torch.dtype = torch.float32) -> dict[str,
     return {
         "wpr": (attn, start, 5, 1e-6),
         "attn_colsum": (attn, "max", "patch", 1),
+        "class_attention": (q, k, k, None, 0.25, "mean"),
         "head_aggregate": (torch.rand(2, 3, 33, device=device).to(dtype), 0.01, 0.7, 1),
         "head_reduced_sum": (q, "max"),
         "topk_gather": (x, scores, 10, 1, "mean"),
@@ -33,6 +34,7 @@ def operator_calls(device: str, dtype: torch.dtype = torch.float32) -> dict[str,
         "attn_colsum_qk": (q, k, 0.25, "max", "patch", 1),
         "wpr_qk": (q, k, 0.25, start, 5, 1e-6),
         "nearest_token": (x, rank, 1),
+        "peaks_match": (x, scores.to(start.dtype), 10, 1, 2.0),
         "bipartite_match": (x, scores, 10, 1, "unimportant"),
     }
 

@@ -72,7 +72,7 @@ class AttentionRows {
       const value_t* from = q + (first + r) * params_.q_token_stride;
       for (int64_t c = 0; c < d; ++c) queries_[r * d + c] = static_cast<acc_t>(from[c]);
     }
-    dot_block(queries_.data(), count, d, panels, d, params_.tokens, static_cast<acc_t>(params_.scale), rows_.data(),
+    dot_block({queries_.data(), d}, count, panels, d, params_.tokens, static_cast<acc_t>(params_.scale), rows_.data(),
               stride_);
   }
   acc_t* row(int64_t r) { return rows_.data() + r * stride_; }

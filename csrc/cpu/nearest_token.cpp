@@ -6,34 +6,49 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "../ops/nearest_token.h"
+#include "best_of_row.h"
 #include "dot_tile.h"
 
 namespace tokenprune {
 namespace {
 
-constexpr int64_t kRows = 16;   // rows a task owns
-constexpr int64_t kLanes = 16;  // similarities looked at together; divides the width of a panel
+constexpr int64_t kRows = 16;     // rows a task owns
+constexpr int64_t kTogether = 4;  // of them, those with as many columns as the last
+constexpr int64_t kLanes = kBestLanes;
 
-// The tokens of a batch, sorted by rank. A place is a position in that order.
+// The patch tokens of one image, sorted by rank. A place is a position in that order.
+template <typename acc_t>
 struct Sorted {
-  int64_t stride;    // places of an image, padded to whole panels
-  int32_t* tokens;   // [batch, stride]: the token of every place
-  int32_t* columns;  // [batch, stride]: how many places have a lower rank
+  explicit Sorted(const NearestTokenParams& params)
+      : stride(padded_columns<acc_t>(params.patches())),
+        tokens(stride),
+        columns(params.patches()),
+        offsets(params.patches()),
+        panels(new acc_t[stride * params.channels]) {}
+
+  int64_t stride;                   // places, padded to whole panels
+  std::vector<int32_t> tokens;      // [stride]: the token of every place
+  std::vector<int32_t> columns;     // [patches]: how many places have a lower rank
+  std::vector<acc_t> offsets;       // [patches]: what is added to the products of a place
+  std::unique_ptr<acc_t[]> panels;  // [stride / width, channels, width]: the tokens, divided by what goes with them
 };
 
-void sort_image(const NearestTokenParams& params, const int64_t* rank, int32_t* tokens, int32_t* columns) {
+template <typename acc_t>
+void sort_image(const NearestTokenParams& params, const int64_t* rank, Sorted<acc_t>& sorted) {
   const int64_t n = params.patches();
+  int32_t* tokens = sorted.tokens.data();
   std::iota(tokens, tokens + n, static_cast<int32_t>(params.num_prefix));
   std::stable_sort(tokens, tokens + n, [rank](int32_t i, int32_t j) { return rank[i] < rank[j]; });
   for (int64_t place = 0; place < n; ++place) {
     const bool same = place > 0 && rank[tokens[place]] == rank[tokens[place - 1]];
-    columns[place] = same ? columns[place - 1] : static_cast<int32_t>(place);
+    sorted.columns[place] = same ? sorted.columns[place - 1] : static_cast<int32_t>(place);
   }
 }
 
@@ -67,97 +82,88 @@ TOKENPRUNE_MULTIVERSION void add_offsets(acc_t own, const acc_t* __restrict__ of
   for (int64_t c = 0; c < count; ++c) similarity[c] += own + offsets[c];
 }
 
-// The largest of `count` similarities and the lowest token that has it. NaN is never the largest; without any other
-// both results are -1. Writes to the similarities behind the last one, up to a multiple of kLanes.
-template <typename acc_t>
-TOKENPRUNE_MULTIVERSION void find_best(acc_t* __restrict__ similarity, const int32_t* __restrict__ tokens,
-                                       int64_t count, acc_t* __restrict__ best, int64_t* __restrict__ index) {
-  constexpr acc_t kNone = -std::numeric_limits<acc_t>::infinity();
-  constexpr int32_t kNobody = std::numeric_limits<int32_t>::max();
-  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-  std::fill(similarity + count, similarity + padded, kNone);
-  acc_t largest[kLanes];
-  for (int64_t l = 0; l < kLanes; ++l) largest[l] = kNone;
-  for (int64_t c = 0; c < padded; c += kLanes) {
-    for (int64_t l = 0; l < kLanes; ++l) largest[l] = similarity[c + l] > largest[l] ? similarity[c + l] : largest[l];
-  }
-  const acc_t found = *std::max_element(largest, largest + kLanes);
-  int32_t lowest[kLanes];
-  for (int64_t l = 0; l < kLanes; ++l) lowest[l] = kNobody;
-  for (int64_t c = 0; c < padded; c += kLanes) {
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int32_t token = similarity[c + l] == found ? tokens[c + l] : kNobody;
-      lowest[l] = token < lowest[l] ? token : lowest[l];
+// The tokens of all places, ready to be multiplied, in panels.
+template <typename value_t, typename acc_t>
+void pack_rows(const NearestTokenParams& params, const value_t* x, Sorted<acc_t>& sorted) {
+  constexpr int64_t kWidth = panel_width<acc_t>();
+  const int64_t n = params.patches();
+  const int64_t d = params.channels;
+  torch::stable::parallel_for(0, sorted.stride / kWidth, 1, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<acc_t[]> rows(new acc_t[kWidth * d]);
+    for (int64_t first = begin * kWidth; first < end * kWidth; first += kWidth) {
+      const int64_t count = std::min(kWidth, n - first);
+      for (int64_t i = 0; i < count; ++i) {
+        const value_t* token = x + sorted.tokens[first + i] * d;
+        sorted.offsets[first + i] = normalize(params.similarity, token, d, rows.get() + i * d);
+      }
+      pack_columns(rows.get(), d, count, d, sorted.panels.get() + first * d);
     }
-  }
-  *best = found == kNone ? acc_t(-1) : found;
-  *index = found == kNone ? -1 : *std::min_element(lowest, lowest + kLanes);
+  });
 }
 
-// Results of the rows [first, last) of one image, whose normalized rows, panels and offsets these are.
+// Results of one image. Each place's row of similarities goes to `products` [patches, stride], or nowhere.
 template <typename acc_t>
-void match_rows(const NearestTokenParams& params, const int32_t* tokens, const int32_t* columns, int64_t first,
-                int64_t last, const acc_t* rows, const acc_t* panels, const acc_t* offsets, acc_t* products,
-                acc_t* similarity, int64_t* index) {
+void match_places(const NearestTokenParams& params, const Sorted<acc_t>& sorted, acc_t* products, acc_t* similarity,
+                  int64_t* index) {
+  constexpr int64_t kWidth = panel_width<acc_t>();
+  static_assert(kWidth % kRows == 0 && kWidth % kLanes == 0);
+  const int64_t n = params.patches();
   const int64_t d = params.channels;
-  const int64_t width = columns[last - 1];  // columns only become more
-  const int64_t stride = padded_columns<acc_t>(width);
-  dot_block(rows + first * d, last - first, d, panels, d, width, acc_t(1), products, stride);
-  for (int64_t row = first; row < last; ++row) {
-    acc_t* candidates = products + (row - first) * stride;
-    if (params.similarity == Similarity::kEuclidean) add_offsets(offsets[row], offsets, columns[row], candidates);
-    find_best(candidates, tokens, columns[row], similarity + tokens[row], index + tokens[row]);
-  }
+  const int64_t stride = sorted.stride;
+  const int64_t blocks = (n + kRows - 1) / kRows;
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<acc_t[]> own(products ? nullptr : new acc_t[kRows * stride]);
+    for (int64_t turn = begin; turn < end; ++turn) {
+      // Later rows have more columns: one from each end in turn, so that threads get equal shares.
+      const int64_t first = (turn % 2 ? blocks - 1 - turn / 2 : turn / 2) * kRows;
+      const int64_t count = std::min(kRows, n - first);
+      const acc_t* rows = sorted.panels.get() + first / kWidth * kWidth * d + first % kWidth;
+      acc_t* out = products ? products + first * stride : own.get();
+      for (int64_t r = 0; r < count; r += kTogether) {
+        const int64_t last = std::min(r + kTogether, count) - 1;  // columns only become more from row to row
+        dot_block({rows + r, 1, kWidth}, last + 1 - r, sorted.panels.get(), d, sorted.columns[first + last], acc_t(1),
+                  out + r * stride, stride);
+      }
+      for (int64_t r = 0; r < count; ++r) {
+        const int32_t token = sorted.tokens[first + r];
+        const int32_t columns = sorted.columns[first + r];
+        acc_t* row = out + r * stride;
+        if (params.similarity == Similarity::kEuclidean) {
+          add_offsets(sorted.offsets[first + r], sorted.offsets.data(), columns, row);
+        }
+        find_best(row, sorted.tokens.data(), columns, similarity + token, index + token);
+      }
+    }
+  });
 }
 
 template <typename scalar_t>
-void match_all(const NearestTokenParams& params, const Tensor& metric, const Sorted& sorted,
+void match_all(const NearestTokenParams& params, const Tensor& metric, const Tensor& rank, const Follow* follow,
                accumulate_t<scalar_t>* similarity, int64_t* index) {
   using acc_t = accumulate_t<scalar_t>;
-  constexpr int64_t kWidth = panel_width<acc_t>();
-  static_assert(kWidth % kLanes == 0);
-  const auto* x = vector_ptr<scalar_t>(metric);
   const int64_t n = params.patches();
-  const int64_t d = params.channels;
-  const ScalarType acc_dtype = accumulate_dtype(metric);
-  const Tensor normalized = torch::stable::new_empty(metric, {params.batch, n, d}, acc_dtype);
-  const Tensor row_offsets = torch::stable::new_empty(metric, {params.batch, n}, acc_dtype);
-  const Tensor packed = torch::stable::new_empty(metric, {params.batch, sorted.stride, d}, acc_dtype);
-  acc_t* rows = data_ptr<acc_t>(normalized);
-  acc_t* offsets = data_ptr<acc_t>(row_offsets);
-  acc_t* panels = data_ptr<acc_t>(packed);
-
-  const int64_t panel_count = (n + kWidth - 1) / kWidth;
-  torch::stable::parallel_for(0, params.batch * panel_count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t image = task / panel_count;
-      const int64_t first = task % panel_count * kWidth;
-      const int64_t last = std::min(first + kWidth, n);
-      const int32_t* tokens = sorted.tokens + image * sorted.stride;
-      acc_t* own = rows + image * n * d;
-      for (int64_t place = first; place < last; ++place) {
-        offsets[image * n + place] =
-            normalize(params.similarity, x + (image * params.tokens + tokens[place]) * d, d, own + place * d);
-      }
-      if (first >= sorted.columns[image * sorted.stride + n - 1]) continue;  // nobody's candidates
-      pack_columns(own + first * d, d, last - first, d, panels + (image * sorted.stride + first) * d);
+  const auto match_images = [&](int64_t begin, int64_t end) {
+    Sorted<acc_t> sorted(params);
+    const std::unique_ptr<acc_t[]> products(follow ? new acc_t[n * sorted.stride] : nullptr);
+    for (int64_t b = begin; b < end; ++b) {
+      acc_t* best = similarity + b * params.tokens;
+      int64_t* chosen = index + b * params.tokens;
+      std::fill_n(best, params.num_prefix, acc_t(-1));
+      std::fill_n(chosen, params.num_prefix, int64_t(-1));
+      if (n == 0) continue;
+      sort_image(params, data_ptr<int64_t>(rank) + b * params.tokens, sorted);
+      pack_rows(params, vector_ptr<scalar_t>(metric) + b * params.tokens * params.channels, sorted);
+      match_places(params, sorted, products.get(), best, chosen);
+      if (follow) (*follow)(b, {products.get(), sorted.stride, sorted.tokens.data(), best});
     }
-  });
-
-  const int64_t blocks = (n + kRows - 1) / kRows;
-  torch::stable::parallel_for(0, params.batch * blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<acc_t> products(kRows * sorted.stride);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t image = task / blocks;
-      // Later rows have more columns: one from each end in turn, so that threads get equal shares.
-      const int64_t turn = task % blocks;
-      const int64_t first = (turn % 2 ? blocks - 1 - turn / 2 : turn / 2) * kRows;
-      match_rows(params, sorted.tokens + image * sorted.stride, sorted.columns + image * sorted.stride, first,
-                 std::min(first + kRows, n), rows + image * n * d, panels + image * sorted.stride * d,
-                 offsets + image * n, products.data(), similarity + image * params.tokens,
-                 index + image * params.tokens);
-    }
-  });
+  };
+  // A thread an image where that keeps all busy, since an image fits its cache; else all threads on each image in turn.
+  const int64_t threads = torch::stable::get_num_threads();
+  if (params.batch % threads == 0 || params.batch >= 4 * threads) {
+    torch::stable::parallel_for(0, params.batch, 1, match_images);
+  } else {
+    match_images(0, params.batch);
+  }
 }
 
 std::tuple<Tensor, Tensor> nearest_token_cpu(Tensor metric, Tensor rank, int64_t num_prefix, std::string similarity,
@@ -168,26 +174,13 @@ std::tuple<Tensor, Tensor> nearest_token_cpu(Tensor metric, Tensor rank, int64_t
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> nearest_cpu(const NearestTokenParams& params, const Tensor& metric, const Tensor& rank) {
+std::tuple<Tensor, Tensor> nearest_cpu(const NearestTokenParams& params, const Tensor& metric, const Tensor& rank,
+                                       const Follow* follow) {
   Tensor similarity = torch::stable::new_empty(metric, {params.batch, params.tokens}, accumulate_dtype(metric));
   Tensor index = torch::stable::new_empty(metric, {params.batch, params.tokens}, ScalarType::Long);
-  const int64_t stride = padded_columns<float>(params.patches());  // whole panels of double, too
-  const Tensor sorted_tokens = torch::stable::new_empty(metric, {params.batch, stride}, ScalarType::Int);
-  const Tensor sorted_columns = torch::stable::new_empty(metric, {params.batch, stride}, ScalarType::Int);
-  const Sorted sorted{stride, data_ptr<int32_t>(sorted_tokens), data_ptr<int32_t>(sorted_columns)};
   TOKENPRUNE_DISPATCH(metric.scalar_type(), "nearest_token", [&] {
-    using acc_t = accumulate_t<scalar_t>;
-    acc_t* best = data_ptr<acc_t>(similarity);
-    int64_t* chosen = data_ptr<int64_t>(index);
-    torch::stable::parallel_for(0, params.batch, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        sort_image(params, data_ptr<int64_t>(rank) + b * params.tokens, sorted.tokens + b * stride,
-                   sorted.columns + b * stride);
-        std::fill_n(best + b * params.tokens, params.num_prefix, acc_t(-1));
-        std::fill_n(chosen + b * params.tokens, params.num_prefix, int64_t(-1));
-      }
-    });
-    if (params.patches() > 0) match_all<scalar_t>(params, metric, sorted, best, chosen);
+    match_all<scalar_t>(params, metric, rank, follow, data_ptr<accumulate_t<scalar_t>>(similarity),
+                        data_ptr<int64_t>(index));
   });
   return {similarity, index};
 }

@@ -4,10 +4,34 @@
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
+#include <vector>
 
 #include "../ops/topk_gather_params.h"
 
 namespace tokenprune {
+
+// The order of tokens by their scores: higher first, NaN last, equal ones by position.
+template <typename value_t>
+struct BestFirst {
+  const value_t* scores;  // [tokens]
+
+  bool operator()(int32_t i, int32_t j) const {
+    const double a = static_cast<double>(scores[i]);
+    const double b = static_cast<double>(scores[j]);
+    const bool a_nan = a != a;
+    const bool b_nan = b != b;
+    if (a_nan != b_nan) return b_nan;
+    if (!a_nan && a != b) return a > b;
+    return i < j;
+  }
+};
+
+// The patch positions of one image in that order.
+template <typename value_t>
+void sort_best_first(const value_t* scores, int64_t num_prefix, std::vector<int32_t>& order) {
+  std::iota(order.begin(), order.end(), static_cast<int32_t>(num_prefix));
+  std::sort(order.begin(), order.end(), BestFirst<value_t>{scores});
+}
 
 // Puts the patch positions of one image into `order`: the kept ones first, then the dropped ones, each ascending.
 template <typename value_t>
@@ -17,17 +41,7 @@ void select(const TopkGatherParams& params,
   const int64_t patches = params.tokens - params.num_prefix;
   std::iota(order, order + patches, static_cast<int32_t>(params.num_prefix));
   if (params.keep == 0) return;
-  // Higher first, NaN last, equal ones by position.
-  const auto before = [scores](int32_t i, int32_t j) {
-    const double a = static_cast<double>(scores[i]);
-    const double b = static_cast<double>(scores[j]);
-    const bool a_nan = a != a;
-    const bool b_nan = b != b;
-    if (a_nan != b_nan) return b_nan;
-    if (!a_nan && a != b) return a > b;
-    return i < j;
-  };
-  std::nth_element(order, order + params.keep - 1, order + patches, before);
+  std::nth_element(order, order + params.keep - 1, order + patches, BestFirst<value_t>{scores});
   std::sort(order, order + params.keep);
   std::sort(order + params.keep, order + patches);
 }

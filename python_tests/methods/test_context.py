@@ -65,6 +65,18 @@ def test_class_attention(kind):
         dataclasses.replace(ctx, has_class_token=False).class_attention()
 
 
+@pytest.mark.parametrize("kind", BIASES)
+def test_attention_given(kind):
+    ctx, logits = biased(kind)
+    attention = logits.softmax(-1)[:, :, 0]
+    for head_reduce, over_heads in (("max", torch.amax), ("mean", torch.mean), ("sum", torch.sum)):
+        torch.testing.assert_close(ctx.attention_given(head_reduce), over_heads(attention, 1))
+        lengths = torch.linalg.vector_norm(ctx.v, dim=-1)
+        torch.testing.assert_close(ctx.attention_given(head_reduce, True), over_heads(attention * lengths, 1))
+    with pytest.raises(ValueError, match="needs a class token"):
+        dataclasses.replace(ctx, has_class_token=False).attention_given("mean")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", BIASES)
 def test_low_precision(kind, dtype):

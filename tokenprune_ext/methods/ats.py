@@ -57,17 +57,15 @@ class ATS(Method):
 
     def sampled(self, ctx: AttentionContext, quantiles: int) -> Tensor:
         """1 for every sampled token, else 0; ``[B, N]``, float32 (float64 for float64)."""
-        score = self.scores(ctx)[:, ctx.num_prefix :]
-        distribution = (score / score.sum(1, keepdim=True)).cumsum(1)
-        places = (torch.arange(quantiles, device=score.device, dtype=score.dtype) + 0.5) / quantiles
-        index = torch.searchsorted(distribution, places.expand(score.shape[0], -1).contiguous())
-        index = index.clamp(max=score.shape[1] - 1) + ctx.num_prefix  # rounding may leave the last sum below 1
-        return torch.zeros(ctx.x.shape[:2], device=score.device, dtype=score.dtype).scatter(1, index, 1.0)
+        sums = self.scores(ctx)[:, ctx.num_prefix :].cumsum(1)
+        places = torch.linspace(0.5 / quantiles, 1 - 0.5 / quantiles, quantiles, device=sums.device, dtype=sums.dtype)
+        index = torch.searchsorted(sums, sums[:, -1:] * places)
+        index = index.clamp(max=sums.shape[1] - 1) + ctx.num_prefix  # rounding may put the last place behind the sum
+        return torch.zeros(ctx.x.shape[:2], device=sums.device, dtype=sums.dtype).scatter(1, index, 1.0)
 
     def scores(self, ctx: AttentionContext) -> Tensor:
         """Attention of the class token times length of the value vector, summed over the heads, ``[B, N]``."""
-        attention = ctx.class_attention()
-        return (attention * torch.linalg.vector_norm(ctx.v, dim=-1, dtype=attention.dtype)).sum(1)
+        return ctx.attention_given("sum", value_length=True)
 
     def scoring_macs(self, cost: BlockCost, host: Host, layer: int, tokens: int, keep: int) -> int:
         return 2 * tokens * cost.heads * cost.head_dim

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -10,12 +10,11 @@ from torch import Tensor
 
 from tokenprune_ext import ops
 from tokenprune_ext.checks import check_bool, check_choice
-from tokenprune_ext.ops._select import ranked
-from tokenprune_ext.patch.context import AttentionContext
+from tokenprune_ext.patch.context import AttentionContext, Reduced
 from tokenprune_ext.patch.host import Host
 
 from .base import check_number, register
-from .scored import ScoredMethod
+from .scored import ScoredMethod, merge_into
 
 if TYPE_CHECKING:
     from tokenprune_ext.macs import BlockCost
@@ -71,9 +70,17 @@ class Peaks(ScoredMethod):
 
     def scores(self, ctx: AttentionContext) -> Tensor:
         """Score ``[B, N]``, float32 (float64 for float64)."""
-        importance = self.importance_scores(ctx)
-        near, _ = ops.nearest_token(ctx.x.detach(), ranks(importance, ctx.num_prefix), ctx.num_prefix)
-        return importance**self.exponent * (1 - near)
+        score, _, _, _ = self._match(ctx, ctx.num_patches)
+        return score
+
+    def reduce(self, ctx: AttentionContext, keep: int) -> Reduced:
+        if self.reduction != "merge":
+            return super().reduce(ctx, keep)
+        score, kept, dropped, match = self._match(ctx, keep)
+        return replace(merge_into(ctx, kept, dropped, match, self.proportional), scores=lambda: score)
+
+    def _match(self, ctx: AttentionContext, keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return ops.peaks_match(ctx.x.detach(), self.importance_scores(ctx), keep, ctx.num_prefix, self.exponent)
 
     def score_macs(self, cost: BlockCost, host: Host, tokens: int) -> int:
         """A token is compared with the more important ones only: every pair once."""
@@ -97,17 +104,9 @@ class Peaks(ScoredMethod):
         if source == "received" and not self.value_length:
             return ctx.attention_received("mean", "all")
         if source == "class":
-            heads = ctx.class_attention()
-        else:
-            # One iteration from ones is the attention received, head by head.
-            heads = ctx.page_rank(None, 1 if source == "received" else _WPR_ITERS)
+            return ctx.attention_given("mean", self.value_length)
+        # One iteration from ones is the attention received, head by head.
+        heads = ctx.page_rank(None, 1 if source == "received" else _WPR_ITERS)
         if self.value_length:
             heads = heads * torch.linalg.vector_norm(ctx.v, dim=-1, dtype=heads.dtype)
         return heads.mean(1)
-
-
-def ranks(importance: Tensor, num_prefix: int) -> Tensor:
-    """0 for the most important patch token, and so on, int64 ``[B, N]``; equal importance: the lower position."""
-    order = ranked(importance, num_prefix)
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.zeros_like(importance, dtype=torch.int64).scatter(1, order, places)

@@ -72,7 +72,9 @@ def reduce_tokens(ctx: AttentionContext, scores: Tensor, keep: int, reduction: s
     """Keep the tokens with the highest scores ``[B, N]``, and do with the others what ``reduction`` says."""
     if reduction == "merge":
         kept, dropped = split(scores, keep, ctx.num_prefix)
-        return merge_into(ctx, kept, dropped, nearest_kept(ctx, kept).gather(1, dropped), proportional)
+        match = nearest_kept(ctx, kept).gather(1, dropped)
+        # A token with NaN has no partner and goes nowhere.
+        return merge_into(ctx, kept, dropped, torch.where(match < 0, dropped, match), proportional)
     if reduction == "drop":
         return Reduced(*ops.topk_gather(ctx.x, scores, keep, ctx.num_prefix))
     if reduction == "weighted":
@@ -106,8 +108,7 @@ def merging_macs(cost: BlockCost, patches: int, keep: int) -> int:
 
 
 def merge_into(ctx: AttentionContext, kept: Tensor, dropped: Tensor, match: Tensor, proportional: bool) -> Reduced:
-    """Merge the tokens at ``dropped`` ``[B, R]`` into those at ``match`` ``[B, R]``; -1 is nowhere."""
-    match = torch.where(match < 0, dropped, match)  # a token with NaN has no partner and goes nowhere
+    """Merge the tokens at ``dropped`` ``[B, R]`` into those at ``match`` ``[B, R]``; their own position is nowhere."""
     x, size = ops.merge_tokens(ctx.x, ctx.size, kept, dropped, match, ctx.num_prefix)
     return Reduced(x, kept, size=size, into=lambda: positions(ctx).scatter(1, dropped, match), bias=proportional)
 

@@ -34,7 +34,7 @@ class TopK(ScoredMethod):
     def scores(self, ctx: AttentionContext) -> Tensor:
         """Importance ``[B, N]``, float32 (float64 for float64)."""
         if ctx.has_class_token:
-            return ctx.class_attention().mean(dim=1)
+            return ctx.attention_given("mean")
         return ctx.attention_received("mean", "all")
 
     def score_macs(self, cost: BlockCost, host: Host, tokens: int) -> int:

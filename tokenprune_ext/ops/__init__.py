@@ -6,10 +6,12 @@ Importing this package defines them; the kernels come from the compiled librarie
 from .attn_colsum import attn_colsum
 from .attn_colsum_qk import attn_colsum_qk
 from .bipartite_match import bipartite_match
+from .class_attention import class_attention
 from .head_aggregate import head_aggregate
 from .head_reduced_sum import head_reduced_sum
 from .merge_tokens import merge_tokens
 from .nearest_token import nearest_token
+from .peaks_match import peaks_match
 from .topk_gather import topk_gather
 from .wpr import wpr
 from .wpr_qk import wpr_qk
@@ -18,10 +20,12 @@ __all__ = [
     "attn_colsum",
     "attn_colsum_qk",
     "bipartite_match",
+    "class_attention",
     "head_aggregate",
     "head_reduced_sum",
     "merge_tokens",
     "nearest_token",
+    "peaks_match",
     "topk_gather",
     "wpr",
     "wpr_qk",

@@ -65,6 +65,21 @@ class AttentionContext:
             logits = logits + self.bias[:, :, :1]
         return torch.softmax(logits.squeeze(2), dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
+    def attention_given(self, head_reduce: str, value_length: bool = False) -> Tensor:
+        """Attention the class token gives every token, over the heads, ``[B, N]``; see ``ops.class_attention``.
+
+        Args:
+            head_reduce: ``mean``, ``max`` or ``sum`` over the heads.
+            value_length: multiply it, head by head, with the length of the token's value vector.
+
+        Raises:
+            ValueError: the model has no class token.
+        """
+        if not self.has_class_token:
+            raise ValueError("attention_given needs a class token, and this model has none")
+        bias = None if self.bias is None else self.bias[:, :, :1].to(self.q.dtype)
+        return ops.class_attention(self.q, self.k, self.scale, self.v if value_length else None, bias, head_reduce)
+
     def attention_received(self, head_reduce: str, query_rows: str) -> Tensor:
         """Attention every token gets, ``[B, N]``; see ``ops.attn_colsum`` for the arguments."""
         if self._dense_bias:
@@ -81,23 +96,24 @@ class AttentionContext:
 
     def take(self, tensor: Tensor, kept: Tensor, dim: int = 1) -> Tensor:
         """The prefix tokens and the patch tokens at ``kept`` ``[B, K]``, of a tensor whose ``dim`` is the tokens."""
-        prefix = torch.arange(self.num_prefix, device=kept.device).expand(kept.shape[0], -1)
-        index = torch.cat([prefix, kept], 1)
-        tensor = tensor.expand(index.shape[0], *tensor.shape[1:])
-        shape, lengths = [1] * tensor.dim(), list(tensor.shape)
-        shape[0], shape[dim] = index.shape
-        lengths[dim] = -1
-        return tensor.gather(dim, index.view(shape).expand(lengths))  # take_along_dim fixes the batch in torch.export
+        return _take_places(tensor, self._places(kept), dim)
 
     def restricted(self, kept: Tensor) -> AttentionContext:
         """The prefix tokens and the patch tokens at ``kept`` ``[B, K]`` alone, as if there were no others."""
-        q, k, v = (self.take(part, kept, 2) for part in (self.q, self.k, self.v))
-        size = None if self.size is None else self.take(self.size, kept)
+        places = self._places(kept)
+        size = None if self.size is None else _take_places(self.size, places, 1)
+        q, k, v = (_take_places(part, places, 2) for part in (self.q, self.k, self.v))
         bias = self.bias
         if bias is not None:
-            bias = self.take(bias, kept, 3)
-            bias = self.take(bias, kept, 2) if bias.shape[2] > 1 else bias
-        return dataclasses.replace(self, x=self.take(self.x, kept), q=q, k=k, v=v, size=size, bias=bias)
+            bias = _take_places(bias, places, 3)
+            bias = _take_places(bias, places, 2) if bias.shape[2] > 1 else bias
+        return dataclasses.replace(self, x=_take_places(self.x, places, 1), q=q, k=k, v=v, size=size, bias=bias)
+
+    def _places(self, kept: Tensor) -> Tensor:
+        """The prefix tokens and those at ``kept``, counted through the tokens of all images."""
+        batch, tokens = kept.shape[0], self.x.shape[1]
+        prefix = torch.arange(self.num_prefix, device=kept.device).expand(batch, -1)
+        return torch.cat([prefix, kept], 1) + torch.arange(batch, device=kept.device).unsqueeze(1) * tokens
 
     @property
     def _dense_bias(self) -> bool:
@@ -119,6 +135,12 @@ class AttentionContext:
         extra = 8 - self.q.shape[-1] % 8
         k = torch.cat([self.k, column.expand(-1, self.k.shape[1], -1, -1)], -1)
         return pad(pad(self.q, (0, 1), value=1.0), (0, extra - 1)), pad(k, (0, extra - 1))
+
+
+def _take_places(tensor: Tensor, places: Tensor, dim: int) -> Tensor:
+    """Whole rows of all images at once: a gather along ``dim`` would look up every number on its own."""
+    rows = tensor.expand(places.shape[0], *tensor.shape[1:]).movedim(dim, 1).flatten(0, 1)
+    return rows.index_select(0, places.flatten()).unflatten(0, places.shape).movedim(1, dim)
 
 
 @dataclass(frozen=True, eq=False)
