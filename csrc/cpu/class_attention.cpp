@@ -13,10 +13,12 @@
 namespace tokenprune {
 namespace {
 
+constexpr int64_t kAhead = 2;  // tokens
+
 // The sum of term(0) .. term(n - 1), in parts that are added by halves.
 template <typename acc_t, typename Term>
 [[gnu::always_inline]] inline acc_t sum_by_halves(int64_t n, const Term& term) {
-  constexpr int64_t kParts = 32;
+  constexpr int64_t kParts = 16;
   acc_t parts[kParts] = {};
   int64_t i = 0;
   for (; i + kParts <= n; i += kParts) {
@@ -30,6 +32,16 @@ template <typename acc_t, typename Term>
   return parts[0];
 }
 
+// The rows of all heads of a token, which lie in another page than those of the one before, on their way to the cache.
+template <typename value_t>
+[[gnu::always_inline]] inline void prefetch(const value_t* rows, int64_t heads, int64_t head_stride, int64_t channels) {
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(value_t))) {
+      __builtin_prefetch(rows + h * head_stride + c);
+    }
+  }
+}
+
 // Logits, and lengths of the values if there are any, [heads, tokens] each: token after token, as an image lies in
 // memory.
 template <typename value_t, typename acc_t>
@@ -39,6 +51,10 @@ TOKENPRUNE_MULTIVERSION void visit_tokens(const ClassAttentionParams& params, co
   const QkParams& qk = params.qk;
   const acc_t scale = static_cast<acc_t>(qk.scale);
   for (int64_t n = 0; n < qk.tokens; ++n, k += qk.k_token_stride) {
+    if (n + kAhead < qk.tokens) {
+      prefetch(k + kAhead * qk.k_token_stride, qk.heads, qk.k_head_stride, qk.channels);
+      if (v) prefetch(v + (n + kAhead) * params.v_token_stride, qk.heads, params.v_head_stride, params.v_channels);
+    }
     for (int64_t h = 0; h < qk.heads; ++h) {
       const acc_t* query = q + h * qk.channels;
       const value_t* key = k + h * qk.k_head_stride;
