@@ -11,11 +11,11 @@ from host_models import make_host
 from matplotlib.figure import Figure
 from profiler.paper_devices import tiny_device
 
+from tokenprune_ext.profiler import BatchProfile
 from tokenprune_ext.profiler.edges import Edge
 from tokenprune_ext.profiler.fit import Measured, match, read_measured
 from tokenprune_ext.profiler.predict import Prediction, predict
 from tokenprune_ext.profiler.predict_plots import overlay_figure
-from tokenprune_ext.profiler.profile import BatchProfile
 from tokenprune_ext.profiler.series import Series
 from tokenprune_ext.profiler.steps import Step
 
