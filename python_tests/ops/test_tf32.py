@@ -17,6 +17,7 @@ CALLS = {
     "wpr_qk": (Q, Q, 0.5),
     "nearest_token": (Q[:, 0], torch.arange(5).unsqueeze(0)),
     "bipartite_match": (Q[:, 0], None, 1),
+    "peaks_match": (Q[:, 0], Q[:, 0, :, 0], 1),
 }
 
 

@@ -11,7 +11,20 @@ from click.testing import CliRunner, Result
 from tokenprune_ext.cli import main
 
 MODEL = ("--model", "test_vit", "--img-size", "64")  # 16 patch tokens
-QUICK = ("--device", "cpu", "--rounds", "3", "--visit-seconds", "1e-9", "--stride", "4", "--layer", "1")
+QUICK = (
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+    "--rounds",
+    "3",
+    "--visit-seconds",
+    "1e-9",
+    "--stride",
+    "4",
+    "--layer",
+    "1",
+)
 
 
 def run(*args: object) -> Result:

@@ -60,6 +60,10 @@ def test_what_noise_explains_is_not_faster() -> None:
 curves = st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.01, 1)), min_size=1, max_size=30)
 
 
+def test_noise_as_large_as_the_latency_leaves_nothing_to_choose() -> None:
+    assert choose({4: 0.1, 16: 1.0}, {4: 1.0, 16: 1.0}, alpha=1.0, margin=1.3).removed == 0
+
+
 @given(curves)
 @settings(deadline=None)
 def test_more_weight_of_latency_never_chooses_slower(curve: list[tuple[float, float]]) -> None:
@@ -68,7 +72,7 @@ def test_more_weight_of_latency_never_chooses_slower(curve: list[tuple[float, fl
     sweep = alpha_sweep(latency, accuracy)
     assert [choice.alpha for choice in sweep] == [i / 10 for i in range(11)]
     assert all(later.latency_s <= earlier.latency_s + 1e-9 for earlier, later in pairwise(sweep))
-    assert sweep[-1].latency_s == min(latency.values())
+    assert sweep[-1].latency_s == pytest.approx(min(latency.values()))
     assert all(choice.latency_s <= choice.dense_latency_s for choice in sweep)
 
 
@@ -84,7 +88,8 @@ def test_more_weight_of_latency_never_chooses_slower(curve: list[tuple[float, fl
         ({"latency": {4: 1.0, 8: float("nan"), 16: 2.0}}, "latency must be above 0 and finite, got nan"),
         ({"accuracy": dict.fromkeys(ACCURACY, 0.0)}, "accuracy must be at least 0, finite and not 0 everywhere"),
         ({"accuracy": {**ACCURACY, 8: -0.1}}, "accuracy must be at least 0"),
-        ({"margin": 1.0}, "margin must be in \\[0, 1\\), got 1.0"),
+        ({"margin": -0.1}, "margin must be at least 0, got -0.1"),
+        ({"margin": float("nan")}, "margin must be at least 0, got nan"),
     ],
 )
 def test_bad_values_are_named(change: dict[str, object], said: str) -> None:

@@ -78,7 +78,8 @@ class AttentionContext:
         if not self.has_class_token:
             raise ValueError("attention_given needs a class token, and this model has none")
         bias = None if self.bias is None else self.bias[:, :, :1].to(self.q.dtype)
-        return ops.class_attention(self.q, self.k, self.scale, self.v if value_length else None, bias, head_reduce)
+        v = self.v.to(self.q.dtype) if value_length else None  # under autocast, rotary queries alone are float32
+        return ops.class_attention(self.q, self.k, self.scale, v, bias, head_reduce)
 
     def attention_received(self, head_reduce: str, query_rows: str) -> Tensor:
         """Attention every token gets, ``[B, N]``; see ``ops.attn_colsum`` for the arguments."""

@@ -78,12 +78,13 @@ def choose(
     Args:
         latency, accuracy, alpha: see :func:`utilities`.
         margin: share of the dense latency by which a count must be faster to be a candidate: what noise cannot explain.
+            With 1 or more none is.
 
     Raises:
-        ValueError: as :func:`utilities`, or a margin outside [0, 1).
+        ValueError: as :func:`utilities`, or a margin below 0.
     """
-    if not 0 <= margin < 1:
-        raise ValueError(f"margin must be in [0, 1), got {margin!r}")
+    if not margin >= 0:
+        raise ValueError(f"margin must be at least 0, got {margin!r}")
     utility = utilities(latency, accuracy, alpha)
     dense = max(latency)
     faster = [n for n in latency if latency[n] < (1 - margin) * latency[dense]]
