@@ -27,9 +27,7 @@ class ScheduleFile(click.ParamType[Path]):
         if str(value) in presets.available() and not Path(value).exists():
             return presets.FOLDER / f"{value}.json"
         if not Path(value).is_file():
-            self.fail(
-                f"no file {str(value)!r}, and no preset of this name: {', '.join(presets.available())}", param, ctx
-            )
+            self.fail(f"no file and no preset {str(value)!r}; presets: {', '.join(presets.available())}", param, ctx)
         return Path(value)
 
 

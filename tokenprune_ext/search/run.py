@@ -142,7 +142,10 @@ def search(
     best = [replace(tried[0], name="searched") for tried in found.values()]
     uniform = [trial for trial in every if trial.name.startswith("uniform")]
     judged = _judge(model, [*best, *uniform], held_out, batch_size)
-    found_on = {"images": len(images), "trials": counts, "seed": seed, "versions": collect()["versions"]}
+    versions = {
+        name: version for name, version in collect()["versions"].items() if name in ("tokenprune", "torch", "timm")
+    }
+    found_on = {"images": len(images), "trials": counts, "seed": seed, "versions": versions}
     return SearchResult(
         best=tuple(_with_origin(variant, found_on) for variant in judged[: len(best)]),
         uniform=tuple(judged[len(best) :]),

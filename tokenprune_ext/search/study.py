@@ -84,7 +84,7 @@ class BudgetStudy:
         backend = optuna.storages.RDBStorage(f"sqlite:///{storage}", engine_kwargs={"connect_args": {"timeout": 60}})
         self._study = optuna.create_study(
             storage=backend,
-            study_name=f"{budget:.4f}",
+            study_name=f"{budget:.6g}",
             load_if_exists=True,
             direction="minimize",
             pruner=optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=4),
