@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ _DRIFTED = 0.1  # of a checked schedule, beyond which it is said
 @values.preprocess_options
 @click.option("--alpha", type=click.FloatRange(0, 1), default=0.5, help="Weight of latency; 1 looks at nothing else.")
 @click.option("--verify/--no-verify", default=False, help="Time the schedule again, in turns with the dense model.")
+@click.option("--predicted", type=FILE, help="predictions.json of tokenprune predict, drawn over the staircases.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of visits, removed tokens and the choice of images.")
 @click.option(
     "--output",
@@ -81,6 +83,7 @@ def profile(
     alpha: float,
     accuracy_stride: int,
     verify: bool,
+    predicted: Path | None,
     seed: int,
     output: Path,
     **options: Any,
@@ -124,6 +127,7 @@ def profile(
                 seed=seed,
                 **chosen,
             )
+        staircases = {} if predicted is None else _staircases(predicted)
         batches = () if data is None else _batches(model, data, seed, img_size, **options)
         model = model.to(torch.device(device or values.default_device()), kind)
         with (
@@ -142,10 +146,17 @@ def profile(
                     progress=progress,
                 )
             checked = {one.batch_size: check(model, settings, one) for one in found.batches} if verify else {}
-            written = write_profile(found, output, ctx.obj, checked=checked)
+            written = write_profile(found, output, ctx.obj, checked=checked, predicted=staircases)
     _say(found, checked)
     for path in written:
         click.echo(f"wrote {path}")
+
+
+def _staircases(path: Path) -> dict[int, list[tuple[int, float]]]:
+    """By batch size, what `tokenprune predict` wrote: (patch tokens, seconds)."""
+    with values.usage_error(ValueError, KeyError, TypeError, prefix=f"--predicted {path} is no predictions.json: "):
+        made = json.loads(path.read_text("utf-8"))["predictions"]
+        return {one["batch_size"]: list(zip(one["tokens"], one["latency_s"], strict=True)) for one in made}
 
 
 def _batches(

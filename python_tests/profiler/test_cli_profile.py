@@ -90,6 +90,20 @@ def test_without_images_there_is_a_profile_and_no_r(tmp_path: Path) -> None:
     assert (f"Not measured: {', '.join(map(str, skipped))}" in page) == bool(skipped)
 
 
+def test_a_prediction_is_drawn_over_the_profile(tmp_path: Path) -> None:
+    how = (*MODEL, "--on", "orin", "--batch-sizes", "1", "--layer", "1", "--output", tmp_path)
+    assert run("predict", *how).exit_code == 0
+    own = ("profile", *MODEL, *QUICK, "--no-blocks", "--output", tmp_path / "profile")
+    assert run(*own).exit_code == 0
+    alone = (tmp_path / "profile" / "staircase_b1.png").read_bytes()
+    both = run(*own, "--predicted", tmp_path / "predictions.json")
+    assert both.exit_code == 0, both.output
+    assert (tmp_path / "profile" / "staircase_b1.png").read_bytes() != alone
+    wrong = run(*own, "--predicted", tmp_path / "profile" / "profile.json")
+    assert wrong.exit_code == 2
+    assert "is no predictions.json" in " ".join(wrong.output.split())
+
+
 def test_other_settings_are_refused(profiled: tuple[Result, Path, tuple[object, ...]]) -> None:
     _, output, args = profiled
     before = {path: path.read_bytes() for path in output.iterdir()}
