@@ -64,7 +64,7 @@ def staircase(profile: Profile, one: BatchProfile, predicted: Prediction = ()) -
             "top", functions=(lambda n: scale * (prefix + n), lambda workload: workload / scale - prefix)
         )
         top.set_xlabel("workload size B × N × C, thousands")
-        axes.legend(fontsize=8.5, loc="lower right", framealpha=0.9, edgecolor="none")  # over the lines of steps
+        axes.legend(fontsize=8.5, loc="upper left", framealpha=0.9, edgecolor="none")  # over the lines of steps
 
     return _png(draw)
 
