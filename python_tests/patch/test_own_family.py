@@ -146,8 +146,13 @@ def test_parts_that_would_be_left_out_are_refused(model, change, message):
 
 
 @pytest.mark.parametrize("model", [SmallViT], indirect=True)
-def test_dropout_takes_part_in_training(model):
+@pytest.mark.parametrize("name", ["attn_drop", "proj_drop"])
+def test_dropout_takes_part_in_training(model, name):
+    """In the block that prunes, and nowhere else."""
     images = torch.randn(2, 3, 64, 64)
+    for block in model.blocks:
+        block.attn.attn_drop.p = block.attn.proj_drop.p = 0.0
+    getattr(model.blocks[1].attn, name).p = 0.5
     apply(model.train(), "topk", layers=[1], keep=0.9)
     outputs = []
     for seed in (0, 0, 1):

@@ -85,6 +85,7 @@ def test_an_interrupted_search_goes_on(tmp_path):
     first._study.ask()  # a trial whose process was killed
     again = study(tmp_path)
     again.recover()
+    assert [trial.state.name for trial in again._study.trials].count("FAIL") == 1
     again.enqueue(again.uniform())
     again.run(objective, 25)
     assert again.done == 25
