@@ -200,3 +200,14 @@ def test_a_killed_command_goes_on(tmp_path, inputs, jobs):
     assert done.returncode == 0, done.stderr
     assert 40 <= finished(output / "trials.db") <= 40 + jobs - 1
     assert (output / "schedule-0.7.json").exists()
+
+
+def test_tuned_values_need_not_hold_the_methods_own(tmp_path):
+    """The uniform schedules are tried all the same, at the first of the values."""
+    model = make_host("vit").eval()
+    space = Space.of(model, methods.create("zero_tprune", similar=0), tune={"tau": [0.5, 0.7]})
+    images = images_for(model, 4)
+    result = search(model, space, MacsShare(model), [0.8], images, storage=tmp_path / "t.db", trials=6, batch_size=2)
+    assert result.uniform
+    assert {variant.schedule.options["tau"] for variant in result.uniform} == {0.5}
+    assert result.best[0].schedule.options["tau"] in (0.5, 0.7)

@@ -127,9 +127,15 @@ class BudgetStudy:
                 self._study.enqueue_trial(dict(params), user_attrs={"name": name})
 
     def uniform(self) -> dict[str, dict[str, Any]]:
-        """Parameters of the schedules that a person would try, by name; tuned options at the method's own values."""
-        options = self.space.method.options()
-        own = {name: json.dumps(options[name]) for name in self.space.tune}
+        """Parameters of the schedules that a person would try, by name.
+
+        Tuned options have the method's own value, or the first of theirs where that is not among them.
+        """
+        options, own = self.space.method.options(), {}
+        for name in self.space.tune:
+            choices = self._choices(name)
+            mine = json.dumps(options[name])
+            own[name] = mine if mine in choices else choices[0]
         return {
             name: {**own, **{_parameter(layer): direction.get(layer, 0.0) for layer in self.space.layers}}
             for name, direction in self.space.uniform().items()
@@ -177,8 +183,8 @@ class BudgetStudy:
     def _try(self, trial: Any, objective: Objective) -> float:
         for layer in self.space.layers:
             trial.suggest_float(_parameter(layer), -0.5, 1.0)  # a third of the range: does not prune
-        for name, choices in self.space.tune.items():
-            trial.suggest_categorical(name, [json.dumps(choice) for choice in choices])
+        for name in self.space.tune:
+            trial.suggest_categorical(name, self._choices(name))
         direction, method = self._read(trial.params)
         schedule = self.space.schedule(direction, method, self.budget, self.cost)
         stop = import_optuna().TrialPruned
@@ -191,6 +197,10 @@ class BudgetStudy:
             if "name" not in trial.user_attrs and trial.should_prune():  # worse than the best on the same images
                 raise stop()
         return float(torch.cat(seen).mean())
+
+    def _choices(self, name: str) -> list[str]:
+        """The values of a tuned option, as the study holds them."""
+        return [json.dumps(choice) for choice in self.space.tune[name]]
 
     def _read(self, params: Mapping[str, Any]) -> tuple[dict[int, float], Method]:
         direction = {layer: params[_parameter(layer)] for layer in self.space.layers}
