@@ -187,14 +187,14 @@ def _run(
     for worker in workers:
         worker.start()
     try:
-        while any(worker.is_alive() for worker in workers):
+        while any(worker.is_alive() for worker in workers) and not any(worker.exitcode for worker in workers):
             for worker in workers:
                 worker.join(_POLL_S / jobs)
             show()
+        failed = [worker.exitcode for worker in workers if worker.exitcode]
     finally:
         for worker in workers:
             worker.terminate()
-    failed = [worker.exitcode for worker in workers if worker.exitcode]
     if failed:
         raise SearchError(f"a search process ended with exit code {failed[0]}; its message is above")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from tokenprune_ext.methods import Method
 from tokenprune_ext.schedule import Schedule
@@ -80,6 +81,7 @@ class BudgetStudy:
     ) -> None:
         optuna = import_optuna()
         self.space, self.cost, self.budget = space, cost, budget
+        self._lock = f"{storage}.lock"
         # Workers start together: a connection waits while another one writes.
         backend = optuna.storages.RDBStorage(f"sqlite:///{storage}", engine_kwargs={"connect_args": {"timeout": 60}})
         self._study = optuna.create_study(
@@ -145,10 +147,28 @@ class BudgetStudy:
         """Try schedules until ``trials`` are finished, by all processes together."""
         optuna = import_optuna()
         states = optuna.trial.TrialState
-        enough = optuna.study.MaxTrialsCallback(trials, states=(states.COMPLETE, states.PRUNED))
-        report = [] if on_trial is None else [lambda study, trial: on_trial()]
-        if self.done < trials:
-            self._study.optimize(lambda trial: self._try(trial, objective), callbacks=[enough, *report])
+        while (trial := self._next(trials)) is not None:
+            try:
+                value = self._try(trial, objective)
+            except optuna.TrialPruned:
+                self._study.tell(trial, state=states.PRUNED)
+            except BaseException:
+                self._study.tell(trial, state=states.FAIL)
+                raise
+            else:
+                self._study.tell(trial, value, state=states.COMPLETE)
+            if on_trial is not None:
+                on_trial()
+
+    def _next(self, trials: int) -> Any:
+        """A trial for this process; None when ``trials`` are finished or at work.
+
+        SQLite locks no rows: without the lock, two processes may be given the same waiting trial.
+        """
+        states = import_optuna().trial.TrialState
+        with FileLock(self._lock):
+            taken = self._study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED, states.RUNNING))
+            return self._study.ask() if len(taken) < trials else None
 
     def trials(self) -> list[Trial]:
         """The trials that saw all images, best first."""
