@@ -1,0 +1,1 @@
+"""Models as programs for other run times: torch.export, AOTInductor packages, ONNX."""
