@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -97,6 +98,10 @@ class HostAdapter(ABC):
         if args or kwargs:
             raise ValueError(f"a pruned block of this family takes tokens alone, got {args} and {kwargs}")
         return {}
+
+    def exporting(self) -> AbstractContextManager[None]:
+        """What has to hold while a model of this family goes through ``torch.export``. Default: nothing."""
+        return nullcontext()
 
     def unpatchable(self, block: nn.Module) -> str | None:
         """Why a block cannot be patched as it is now (hooks inside it that would not run); None when it can."""

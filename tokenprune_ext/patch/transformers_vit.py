@@ -6,7 +6,9 @@ Classes are known by their names, so that transformers is not imported; it is th
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -129,7 +131,8 @@ class TransformersViT(HostAdapter):
         **options: Any,
     ) -> dict[str, Any]:
         if attention_mask is not None:
-            hint = "; for torch.export, transformers makes one itself" if torch.compiler.is_exporting() else ""
+            exporting = torch.compiler.is_exporting()  # then transformers makes one itself
+            hint = "; export the model with tokenprune_ext.export" if exporting else ""
             raise ValueError(f"attention_mask does not work on a pruned model: the tokens it speaks of are gone{hint}")
         for name, value in options.items():
             if name not in _HARMLESS and value is not None and value is not False:
@@ -179,6 +182,20 @@ class TransformersViT(HostAdapter):
         out = block.mlp(getattr(block, names.norms[1])(x))
         return x + _passed(block, out, names.branches[1])
 
+    @contextmanager
+    def exporting(self) -> Iterator[None]:
+        """Without the masks of ones that transformers makes then: they keep attention from its fastest kernels."""
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MAKERS
+
+        known = {name: MAKERS[name] for name in ("sdpa", "eager")}
+        for name, maker in known.items():
+            MAKERS.register(name, partial(_mask_of_padding, maker))
+        try:
+            yield
+        finally:
+            for name, maker in known.items():
+                MAKERS.register(name, maker)
+
     def unpatchable(self, block: nn.Module) -> str | None:
         attn = getattr(block, _names(block).attention)
         hooks = (*attn._forward_hooks.values(), *attn._forward_pre_hooks.values())
@@ -204,6 +221,11 @@ def _check_block(name: str, block: Any) -> None:
     implementation = attn.config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         raise unsupported(f"attention implementation {implementation}", 'call model.set_attn_implementation("sdpa")')
+
+
+def _mask_of_padding(maker: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What a mask maker of transformers makes; None where no image is padded."""
+    return None if options.get("attention_mask") is None else maker(*args, **options)
 
 
 def _function_of(attn: nn.Module, name: str) -> Any:
