@@ -69,7 +69,7 @@ def test_transformers_makes_masks_again_and_refuses_real_ones():
     model = apply(make_host("hf_vit"), "topk", keep=0.7)
     captured(model)
     assert dict(masking.ALL_MASK_ATTENTION_FUNCTIONS) == makers
-    with pytest.raises(ValueError, match="attention_mask does .*: the tokens it speaks of are gone; export the"):
+    with pytest.raises(ValueError, match=r"attention_mask does .*: the tokens it speaks of are gone; export the"):
         torch.export.export(model, (images_for(model),))
 
 
