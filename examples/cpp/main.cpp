@@ -3,6 +3,7 @@
 // The pictures (binary PPM, as prepare.py writes them) go through the model as one batch.
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/util/Exception.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
@@ -54,7 +55,7 @@ at::Tensor read_ppm(const std::string& path, int64_t height, int64_t width) {
   std::string kind;
   int64_t columns = 0, rows = 0, most = 0;
   if (!(file >> kind >> columns >> rows >> most) || kind != "P6" || most != 255) {
-    throw std::runtime_error(path + " is no binary PPM of 8 bits");
+    throw std::runtime_error(path + ": no such file, or no binary PPM of 8 bits");
   }
   if (rows != height || columns != width) {
     throw std::runtime_error(path + " is not " + std::to_string(width) + " x " + std::to_string(height) + " pixels");
@@ -132,6 +133,9 @@ int main(int count, char** values) {
   }
   try {
     return run(files[0], {files.begin() + 1, files.end()}, folder, all);
+  } catch (const c10::Error& error) {
+    std::cerr << "classify: " << error.what_without_backtrace() << "\n";
+    return 1;
   } catch (const std::exception& error) {
     std::cerr << "classify: " << error.what() << "\n";
     return 1;
