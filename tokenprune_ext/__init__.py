@@ -8,7 +8,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 from . import ops
-from ._loader import load
+from ._loader import library_paths, load
 
 if TYPE_CHECKING:
     from . import methods as methods
@@ -47,6 +47,7 @@ __all__ = [
     "__version__",
     "apply",
     "describe",
+    "library_paths",
     "methods",
     "ops",
     "presets",

@@ -28,8 +28,7 @@ def input_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Keywords of `load_inputs`."""
     command = values.with_options(
         values.preprocess_options(command),
-        click.option("--weights", type=FILE, help="Local weights: .safetensors, .pth, .pt or .bin."),
-        click.option("--pretrained", is_flag=True, help="Take the weights from the hub."),
+        values.weights_options,
         click.option(
             "--data",
             required=True,

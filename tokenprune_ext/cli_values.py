@@ -140,6 +140,14 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--model", "model_name", required=True, help="Any timm model name.")(command)
 
 
+def weights_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    return with_options(
+        command,
+        click.option("--weights", type=FILE, help="Local weights: .safetensors, .pth, .pt or .bin."),
+        click.option("--pretrained", is_flag=True, help="Take the weights from the hub."),
+    )
+
+
 def preprocess_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How images become inputs: keywords of `data.preprocessing`."""
     return with_options(
