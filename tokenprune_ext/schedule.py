@@ -148,10 +148,14 @@ class Schedule:
         if method.class_token_only and self.keep.get(last, 0) < self.entering().get(last, 0):
             raise ValueError(f"layer {last} computes the class token alone and must not prune")
 
+    def to_json(self) -> str:
+        """The schedule as JSON text, what :meth:`save` writes."""
+        content = {"format": FORMAT, **{item.name: getattr(self, item.name) for item in fields(self)}}
+        return json.dumps(content, indent=2) + "\n"
+
     def save(self, path: str | Path) -> None:
         """Write the schedule as JSON."""
-        content = {"format": FORMAT, **{item.name: getattr(self, item.name) for item in fields(self)}}
-        Path(path).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        Path(path).write_text(self.to_json(), "utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
@@ -162,14 +166,20 @@ class Schedule:
             ValueError: not JSON, or not a schedule; the message names the file and the field.
         """
         try:
-            return cls._from_json(Path(path).read_text("utf-8"))
+            return cls.from_json(Path(path).read_text("utf-8"))
         except FileNotFoundError:
             raise FileNotFoundError(f"no such schedule file: {path}") from None
         except (TypeError, ValueError) as error:
             raise ValueError(f"schedule {path}: {error}") from error
 
     @classmethod
-    def _from_json(cls, text: str) -> Schedule:
+    def from_json(cls, text: str) -> Schedule:
+        """Read what :meth:`to_json` gave.
+
+        Raises:
+            TypeError: a field of the wrong type.
+            ValueError: not JSON, not a schedule, or a method that is not registered; the message names the field.
+        """
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
