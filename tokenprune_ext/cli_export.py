@@ -35,7 +35,7 @@ _DETAILS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help=".pt2 or .onnx file.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images at a time, always.  [default: any number]")
 @click.option("--opset", type=int, default=18, help="Of ONNX.")
-@click.option("--device", type=values.Device(), help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
+@values.device_option
 @click.option("--dtype", type=click.Choice(list(_TOLERANCE)), default="float32", help="Of weights and inputs.")
 @click.option("--labels", type=FILE, help="Names of the classes in the model's order, one per line, to keep beside it.")
 @values.preprocess_options

@@ -6,6 +6,7 @@ Without a GPU: traced on fake CUDA tensors, nothing asks for a value (FakeTensor
 from __future__ import annotations
 
 import copy
+import importlib
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -103,7 +104,19 @@ def test_adapters_neither_wait_nor_allocate_themselves():
             assert call not in text.replace("__syncthreads", ""), f"{call} in {source.name}"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: nothing captured as a CUDA graph")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: nothing captured as a CUDA graph")
+
+
+@needs_gpu
+def test_replay_of_every_operator(bench):
+    calls = importlib.import_module("operator_calls").operator_calls("cuda")
+    for name, arguments in calls.items():
+        operator = getattr(torch.ops.tokenprune, name)
+        replay = cuda_graph(lambda operator=operator, arguments=arguments: operator(*arguments))
+        torch.testing.assert_close(replay(), operator(*arguments), rtol=0, atol=0)
+
+
+@needs_gpu
 @pytest.mark.parametrize("method", methods.available())
 def test_replay_gives_what_a_call_gives(method):
     model = make_host("vit").cuda()
