@@ -177,7 +177,8 @@ class Schedule:
         """The schedule that :meth:`to_json` gave.
 
         Raises:
-            TypeError, ValueError: not JSON, or not a schedule; the message names the field.
+            TypeError: a field of the wrong type.
+            ValueError: not JSON, not a schedule, or a method that is not registered; the message names the field.
         """
         try:
             content = json.loads(text)
