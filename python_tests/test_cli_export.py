@@ -41,6 +41,14 @@ def test_writes_a_program_that_was_checked_on_images(inputs, tmp_path):
     assert {"std", "interpolation", "crop_pct", "crop_mode"} <= program.details.keys()
 
 
+def test_labels_have_to_be_those_of_the_model(inputs, tmp_path):
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    how = ("--format", "pt2", "--weights", inputs / "w.safetensors", "--labels", tmp_path / "labels.txt")
+    result = run(tmp_path / "vit.pt2", *how)
+    assert result.exit_code == 2, result.output
+    assert "--labels names 2 classes, and the model has 3" in " ".join(result.output.split())
+
+
 def test_a_schedule_with_a_fixed_batch_on_random_images(inputs, tmp_path):
     schedule = tmp_path / "schedule.json"
     Schedule.build(pruned(inputs, keep=0.7), "topk", keep=0.6).save(schedule)

@@ -79,7 +79,7 @@ def export(
         import torch
 
         from tokenprune_ext import prune
-        from tokenprune_ext.data import load_pictures, preprocessing, read_class_names
+        from tokenprune_ext.data import load_pictures, preprocessing, read_class_names, shown_names
         from tokenprune_ext.loading import load_model
 
         how = {"layers": layers, "keep": keep, "macs": macs}
@@ -88,8 +88,10 @@ def export(
         if weights is None and not pretrained:
             click.echo("note: the weights are random; --weights FILE or --pretrained gives trained ones", err=True)
         config, transform = preprocessing(model, img_size=img_size, **preprocess)
-        details = {name: config[name] for name in _DETAILS}
-        details["classes"] = None if labels is None else "\n".join(read_class_names(labels))
+        classes = shown_names(None if labels is None else read_class_names(labels), int(model.num_classes))
+        if classes and len(classes) != model.num_classes:
+            raise click.UsageError(f"--labels names {len(classes)} classes, and the model has {model.num_classes}")
+        details = {**{name: config[name] for name in _DETAILS}, "classes": classes and "\n".join(classes)}
         if data is None:
             images = torch.randn(limit, *config["input_size"], generator=torch.Generator().manual_seed(0))
         else:
