@@ -253,6 +253,15 @@ def test_an_unfinished_file_leaves_the_old_one(path: Path, ending: str) -> None:
     assert torch.equal(outputs(tokenprune.load(path)), outputs(model))
 
 
+def test_who_reads_the_old_file_reads_on(path: Path) -> None:
+    tokenprune.save(pruned(), path)
+    old = path.read_bytes()
+    with path.open("rb") as reader:
+        tokenprune.save(pruned("vit", "tome"), path)
+        assert reader.read() == old
+    assert path.read_bytes() != old
+
+
 @pytest.mark.parametrize("name", ["model.pt", "model.pth", "model.bin", "model.ckpt"])
 def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
     torch.save(pruned(), tmp_path / name)
