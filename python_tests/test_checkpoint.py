@@ -97,6 +97,7 @@ def test_dense_model(path: Path) -> None:
         tokenprune.schedule_of(tokenprune.load(path))
     given = tokenprune.load(path, pruned())
     assert torch.equal(outputs(given), outputs(model))
+    assert tokenprune.load(path, device="meta").head.weight.is_meta
 
 
 def test_what_the_model_is_stays(path: Path) -> None:
@@ -253,6 +254,15 @@ def test_an_unfinished_file_leaves_the_old_one(path: Path, ending: str) -> None:
     assert torch.equal(outputs(tokenprune.load(path)), outputs(model))
 
 
+def test_who_reads_the_old_file_reads_on(path: Path) -> None:
+    tokenprune.save(pruned(), path)
+    old = path.read_bytes()
+    with path.open("rb") as reader:
+        tokenprune.save(pruned("vit", "tome"), path)
+        assert reader.read() == old
+    assert path.read_bytes() != old
+
+
 @pytest.mark.parametrize("name", ["model.pt", "model.pth", "model.bin", "model.ckpt"])
 def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
     torch.save(pruned(), tmp_path / name)
@@ -267,7 +277,7 @@ def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
     [
         (lambda about: about.update(format=99), "has format 99"),
         (lambda about: about.pop("format"), "description is damaged"),
-        (lambda about: about["model"].update(library="keras"), "models of 'keras' are not known; known: timm"),
+        (lambda about: about["model"].update(library="keras"), "expected a model of timm or transformers, got"),
         (
             lambda about: about["model"].update(name="vit_of_2040", version="9"),
             "no model 'vit_of_2040'.*made with timm 9",
@@ -275,6 +285,7 @@ def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
         (lambda about: about["model"].update(name="hf-hub:some/model"), "timm has no model 'hf-hub:some/model'"),
         (lambda about: about["model"]["arguments"].update(pretrained=True), "unknown arguments pretrained"),
         (lambda about: about["model"]["arguments"].update(num_classes=3), r"of another shape: head.weight \(file"),
+        (lambda about: about.update(model=["timm"]), "expected a model of timm or transformers, got"),
         (lambda about: about["model"].pop("arguments"), "cannot be built: KeyError"),
         (lambda about: about["schedule"].update(keep={"0": 99}), "its schedule cannot be read: .*only 16 patch"),
         (lambda about: about["schedule"].update(input_size=[96, 96]), "its schedule does not fit vit_tiny_patch16_224"),

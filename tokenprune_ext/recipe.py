@@ -48,7 +48,7 @@ def recipe_of(model: nn.Module) -> dict[str, Any]:
         RecipeError: it does not come out the same.
     """
     kind = dense_class(type(model))
-    if kind.__module__.startswith("transformers.models."):
+    if kind.__module__.startswith("transformers.models.") and hasattr(model, "config"):
         recipe = _transformers_recipe(model, kind)
     elif kind.__module__.startswith("timm.") and (getattr(model, "pretrained_cfg", None) or {}).get("architecture"):
         recipe = _timm_recipe(model, kind)
@@ -66,7 +66,7 @@ def recipe_of(model: nn.Module) -> dict[str, Any]:
     return recipe
 
 
-def build(recipe: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> nn.Module:
+def build(recipe: Any, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
     """The model of a recipe in eval mode on the CPU, with random weights of these dtypes.
 
     Nothing is downloaded and the state of the random generator stays as it is.
@@ -75,16 +75,16 @@ def build(recipe: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> nn.Mo
         ModelError: a recipe that is not understood, or the installed library cannot build it.
     """
     makers = {"timm": _timm_model, "transformers": _transformers_model}
-    library, version = str(recipe.get("library")), recipe.get("version")
-    if library not in makers:
-        raise ModelError(f"models of {library!r} are not known; known: {', '.join(makers)}")
+    if not isinstance(recipe, dict) or recipe.get("library") not in makers:
+        raise ModelError(f"expected a model of {' or '.join(makers)}, got {recipe!r:.200}")
+    library, version = recipe["library"], recipe.get("version")
     try:
         installed = metadata.version(library)
         with torch.random.fork_rng(devices=[]):
             model = makers[library](recipe).eval()
     except metadata.PackageNotFoundError:
         raise ModelError(f"it needs {library}, which is not installed") from None
-    except (ModelError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever a constructor raises
         made = "" if version == installed else f" (made with {library} {version}, installed is {installed})"
         raise ModelError(f"{error if isinstance(error, ModelError) else repr(error)}{made}") from error
     _cast(model, dtypes)
@@ -96,9 +96,11 @@ def _timm_recipe(model: Any, kind: type) -> dict[str, Any]:
     arguments = {}
     for name, read in _TIMM_ARGUMENTS.items():
         try:
-            arguments.update({name: read(model)} if name in accepted else {})
-        except (AttributeError, IndexError):  # a model without this part: it has the default
+            value = read(model) if name in accepted else None
+        except (AttributeError, IndexError, TypeError):  # a model without this part: it has the default
             continue
+        if value is not None and _is_plain(value):
+            arguments[name] = value
     config = {key: value for key, value in model.pretrained_cfg.items() if _is_plain(value)}
     return {**_library("timm"), "name": config["architecture"], "arguments": arguments, "pretrained_cfg": config}
 
@@ -151,11 +153,15 @@ def _difference(model: nn.Module, rebuilt: nn.Module) -> str | None:
     own, other = _facts(model), _facts(rebuilt)
     for name in (*own, *other):
         mine, theirs = own.get(name), other.get(name)
-        if not (
-            torch.equal(mine, theirs) if isinstance(mine, Tensor) and isinstance(theirs, Tensor) else mine == theirs
-        ):
+        if not _equal(mine, theirs):
             return name if isinstance(mine, Tensor) else f"{name}: {theirs} instead of {mine}"
     return None
+
+
+def _equal(mine: object, theirs: object) -> bool:
+    if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+        return mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+    return mine == theirs
 
 
 def _facts(model: nn.Module) -> dict[str, Any]:
