@@ -15,7 +15,7 @@ from typing import Any
 import click
 import timm
 import torch
-from end_to_end import MACS, pruned_models
+from end_to_end import pruned_models
 from harness import append
 from rich.console import Console
 from rich.table import Table

@@ -30,7 +30,9 @@ def check(op: torch._ops.OpOverload, *arguments: object, **options: object) -> N
 
 
 def test_every_operator_has_one():
-    names = {name.removeprefix("tokenprune::") for name in torch._C._dispatch_get_all_op_names() if "tokenprune::" in name}
+    names = {
+        name.removeprefix("tokenprune::") for name in torch._C._dispatch_get_all_op_names() if "tokenprune::" in name
+    }
     assert names == {str(op).split(".")[1] for op in IN_ORDER if str(op).startswith("tokenprune")}
 
 

@@ -92,10 +92,8 @@ def _topk_gather(
     if not fused:
         return tokens, kept
     others = _take(x, order[:, keep:]).to(accumulate_dtype(x.dtype))
-    if fuse == "mean":
-        extra = others.mean(1, keepdim=True)
-    else:
-        extra = ranked[:, keep:].to(others.dtype).unsqueeze(1) @ others
+    weights = ranked[:, keep:].to(others.dtype).unsqueeze(1)
+    extra = others.mean(1, keepdim=True) if fuse == "mean" else weights @ others
     return torch.cat([tokens, extra.to(x.dtype)], 1), kept
 
 
@@ -294,10 +292,12 @@ def _merge_tokens(
     stay = _with_prefix(kept, num_prefix)
     own, given = (_take(x, index).to(accumulate_dtype(x.dtype)) for index in (stay, dropped))
     weight = (stay.unsqueeze(2) == match.unsqueeze(1)).to(own.dtype)  # [B, P, R]: what goes where
-    own_size = 1.0 if size is None else size.gather(1, stay)
-    if size is not None:
-        weight = weight * size.gather(1, dropped).unsqueeze(1)
-    sizes = own_size + weight.sum(2)
-    share = sizes.reciprocal().unsqueeze(2)
-    own_share = share if size is None else own_size.unsqueeze(2) * share
-    return (own * own_share + (weight * share) @ given).to(x.dtype), sizes
+    if size is None:
+        sizes = 1 + weight.sum(2)
+        own_share = sizes.reciprocal()
+    else:
+        own_size, weight = size.gather(1, stay), weight * size.gather(1, dropped).unsqueeze(1)
+        sizes = own_size + weight.sum(2)
+        own_share = own_size / sizes
+    merged = own * own_share.unsqueeze(2) + (weight / sizes.unsqueeze(2)) @ given
+    return merged.to(x.dtype), sizes
