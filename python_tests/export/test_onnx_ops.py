@@ -122,6 +122,7 @@ def test_merging(size):
 def test_torch_operators():
     check(aten.sort.stable, SCORES, stable=True, dim=1)
     check(aten.scatter.value, SCORES, 1, torch.tensor([[0, 3, 3]] * BATCH), 7.0)
+    check(aten.cumsum.default, torch.tensor([[1, 0, 3, 1]]), 1)
     check(aten.searchsorted.Tensor, SCORES.abs().cumsum(1), 9 * SCORES[:, :5].abs())
     positions = torch.tensor([[5, 2, 9]])
     assert IN_ORDER[aten.sort.default](positions, 1)[0].tolist() == [[2, 5, 9]]

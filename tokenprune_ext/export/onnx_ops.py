@@ -46,6 +46,7 @@ def decompositions(ordered: bool) -> Decompositions:
         own.topk_gather.default: partial(_topk_gather, ordered),
         own.wpr.default: _wpr,
         own.wpr_qk.default: _wpr_qk,
+        aten.cumsum.default: _cumsum,
         aten.scaled_dot_product_attention.default: _attention,
         aten.scatter.value: _mark,
         aten.searchsorted.Tensor: _searchsorted,
@@ -117,6 +118,13 @@ def _mark(values: Tensor, dim: int, index: Tensor, value: float) -> Tensor:
     return torch.where(_marked(index, values.shape[1], torch.float32) > 0, value, values)
 
 
+def _cumsum(values: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Counts as floats, which hold them exactly: TensorRT does not add up integers."""
+    if dtype is not None or values.is_floating_point():
+        return NotImplemented
+    return values.to(torch.float32).cumsum(dim).to(torch.int64)
+
+
 def _searchsorted(
     sorted_sequence: Tensor,
     values: Tensor,
@@ -126,10 +134,9 @@ def _searchsorted(
     side: str | None = None,
     sorter: Tensor | None = None,
 ) -> Tensor:
-    below = sorted_sequence.unsqueeze(-2) < values.unsqueeze(-1)
     if out_int32 or right or side == "right" or sorter is not None:
         return NotImplemented
-    return below.to(torch.int64).sum(-1)
+    return (sorted_sequence.unsqueeze(-2) < values.unsqueeze(-1)).to(torch.int64).sum(-1)
 
 
 # Attention
