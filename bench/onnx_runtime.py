@@ -1,12 +1,13 @@
 """ONNX files in onnxruntime on a CPU: the dense model against every registered method at 65 % of the blocks' MACs.
 
-Random weights, all files timed in turn in one run, with the same budget for torch.compile when --compiled is given.
---table prints what is in docs/onnx.md instead: how many nodes of each operator every method needs.
+Random weights; all files are timed in turn in one run, and each is first compared with the model. On a machine that
+others use too, --clock cpu counts the seconds that this process computed.
 """
 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import click
 import timm
 import torch
-from end_to_end import MACS, pruned_models
+from end_to_end import pruned_models
 from harness import append
 from rich.console import Console
 from rich.table import Table
@@ -34,12 +35,11 @@ def exported(models: dict[str, nn.Module], folder: Path) -> dict[str, OnnxSummar
     return {name: export_onnx(model, folder / f"{number}.onnx") for number, (name, model) in enumerate(models.items())}
 
 
-def session(path: Path, threads: int, profile: bool = False) -> Any:
+def session(path: Path, threads: int) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.enable_profiling = profile
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -47,16 +47,23 @@ def call(runner: Any, images: torch.Tensor) -> Callable[[], object]:
     return partial(runner.run, None, {INPUT: images.numpy()})
 
 
-def timed(models: dict[str, nn.Module], batch: int, threads: int, budget_s: float) -> list[dict[str, Any]]:
+def cpu_time(timed_call: Callable[[], object]) -> float:
+    """Seconds that all threads of this process computed during a call."""
+    start = time.process_time()
+    timed_call()
+    return time.process_time() - start
+
+
+def timed(
+    models: dict[str, nn.Module], files: dict[str, OnnxSummary], batch: int, threads: int, clock: str, budget_s: float
+) -> list[dict[str, Any]]:
     """One record a model; ``speedup`` is over the dense file, ``ideal`` by the MACs of the whole model."""
     images = torch.randn(batch, 3, *describe(models[DENSE]).input_size)
-    with tempfile.TemporaryDirectory() as folder:
-        files = exported(models, Path(folder))
-        calls = {name: call(session(file.path, threads), images) for name, file in files.items()}
-        with torch.inference_mode():
-            for name, model in models.items():
-                torch.testing.assert_close(torch.from_numpy(calls[name]()[0]), model(images), rtol=1e-3, atol=1e-4)
-        times = time_in_turns(calls, budget_s=budget_s)
+    calls = {name: call(session(file.path, threads), images) for name, file in files.items()}
+    with torch.inference_mode():
+        for name, model in models.items():
+            torch.testing.assert_close(torch.from_numpy(calls[name]()[0]), model(images), rtol=1e-3, atol=1e-4)
+    times = time_in_turns(calls, budget_s=budget_s, clock=cpu_time if clock == "cpu" else None)
     dense = quantile(times[DENSE], 0.5)
     records = []
     for name, rounds in times.items():
@@ -69,6 +76,7 @@ def timed(models: dict[str, nn.Module], batch: int, threads: int, budget_s: floa
                 "runtime": "onnxruntime",
                 "method": name,
                 "batch": batch,
+                "clock": clock,
                 "median_s": quantile(rounds, 0.5),
                 "q20_s": quantile(rounds, 0.2),
                 "q80_s": quantile(rounds, 0.8),
@@ -97,21 +105,44 @@ def show(records: list[dict[str, Any]]) -> None:
     Console(width=110).print(table)
 
 
+def operator_table(files: dict[str, OnnxSummary]) -> str:
+    """Markdown: how many nodes of each operator every file has."""
+    rows = [["operator", *files], ["---"] * (1 + len(files))]
+    for name in sorted({name for file in files.values() for name in file.operators}):
+        rows.append([f"`{name}`", *(str(file.operators.get(name, "")) for file in files.values())])
+    rows.append(["all", *(str(sum(file.operators.values())) for file in files.values())])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 @click.command(help=__doc__)
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--budget", type=click.FloatRange(0), default=60.0, show_default=True, help="Seconds for all rounds.")
+@click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", show_default=True)
+@click.option("--table", is_flag=True, help="Also print how many nodes of each operator the files have, as markdown.")
 @click.option("--method", "chosen", multiple=True, help="Only these beside the dense model (repeatable).")
 @click.option("--output", type=click.Path(path_type=Path), help="Append the records to this JSON-lines file.")
-def main(batch: int, threads: int, budget: float, chosen: tuple[str, ...], output: Path | None) -> None:
+def main(
+    batch: int,
+    threads: int,
+    budget: float,
+    clock: str,
+    table: bool,
+    chosen: tuple[str, ...],
+    output: Path | None,
+) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     dense = timm.create_model(MODEL, pretrained=False).eval()
     models = {DENSE: dense, **pruned_models(dense)}
     if chosen:
         models = {name: model for name, model in models.items() if name == DENSE or name in chosen}
-    records = timed(models, batch, threads, budget)
+    with tempfile.TemporaryDirectory() as folder:
+        files = exported(models, Path(folder))
+        records = timed(models, files, batch, threads, clock, budget)
     show(records)
+    if table:
+        click.echo(operator_table(files))
     if output:
         append(output, records, environment(torch.device("cpu")))
 

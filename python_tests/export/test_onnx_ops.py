@@ -30,7 +30,9 @@ def check(op: torch._ops.OpOverload, *arguments: object, **options: object) -> N
 
 
 def test_every_operator_has_one():
-    names = {name.removeprefix("tokenprune::") for name in torch._C._dispatch_get_all_op_names() if "tokenprune::" in name}
+    names = {
+        name.removeprefix("tokenprune::") for name in torch._C._dispatch_get_all_op_names() if "tokenprune::" in name
+    }
     assert names == {str(op).split(".")[1] for op in IN_ORDER if str(op).startswith("tokenprune")}
 
 
@@ -120,6 +122,7 @@ def test_merging(size):
 def test_torch_operators():
     check(aten.sort.stable, SCORES, stable=True, dim=1)
     check(aten.scatter.value, SCORES, 1, torch.tensor([[0, 3, 3]] * BATCH), 7.0)
+    check(aten.cumsum.default, torch.tensor([[1, 0, 3, 1]]), 1)
     check(aten.searchsorted.Tensor, SCORES.abs().cumsum(1), 9 * SCORES[:, :5].abs())
     positions = torch.tensor([[5, 2, 9]])
     assert IN_ORDER[aten.sort.default](positions, 1)[0].tolist() == [[2, 5, 9]]

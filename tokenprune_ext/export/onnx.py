@@ -82,9 +82,9 @@ def export_onnx(
     is called ``images``; a tensor that the model returns is called ``logits`` (``output`` when it is no matrix), and
     several have the names of their fields. The model stays as it is, and nothing is written unless all went well.
 
-    What differs from the model: scores that tie are not decided the same way, NaN is not looked for, page rank makes all
-    its iterations (``tol`` ends none early), and kept tokens stand in the order of their scores where nothing downstream
-    can tell.
+    What differs from the model: scores that tie up to rounding may be decided the other way, NaN is not looked for,
+    page rank makes all its iterations (``tol`` ends none early), and kept tokens stand in the order of their scores
+    where nothing downstream can tell.
 
     Args:
         model: a supported model in eval mode, float32 or float16.
@@ -187,7 +187,9 @@ def _translated(program: ExportedProgram, opset: int) -> ONNXProgram:
     for node in graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
-    symbol = graph.inputs[0].shape[0]
+    shape = graph.inputs[0].shape
+    assert shape is not None
+    symbol = shape[0]
     if not isinstance(symbol, int):
         values = [*graph.inputs, *(value for node in graph.all_nodes() for value in node.outputs)]
         for value in values:
