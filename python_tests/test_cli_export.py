@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,12 +80,21 @@ def test_a_difference_is_an_error(tmp_path, monkeypatch):
 
 
 def test_onnx_by_the_suffix(tmp_path):
-    for package in ("onnx", "onnxscript", "onnxruntime", "tokenprune_ext.export.onnx"):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     result = run(tmp_path / "vit.onnx", "--method", "topk", "--keep", "0.7")
     assert result.exit_code == 0, result.output
     assert "vit.onnx: onnx, " in result.output
     assert "100% have the same largest output" in result.output
+
+
+def test_onnx_without_a_run_time_is_written_and_said_to_be_unchecked(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = run(tmp_path / "vit.onnx")
+    assert result.exit_code == 1, result.output
+    assert "vit.onnx, but checking it needs onnxruntime: pip install 'tokenprune[export]'" in result.output
+    assert (tmp_path / "vit.onnx").exists()
 
 
 @pytest.mark.parametrize(

@@ -142,9 +142,13 @@ def _write(
 
 
 def _onnx_program(path: Path) -> Callable[[Tensor], Tensor]:
-    import onnxruntime  # type: ignore[import-untyped]
     import torch
 
+    try:
+        import onnxruntime  # type: ignore[import-untyped]
+    except ImportError as error:
+        needed = "pip install 'tokenprune[export]'"
+        raise click.ClickException(f"wrote {path}, but checking it needs {error.name}: {needed}") from error
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(session.run(None, {name: images.cpu().numpy()})[0])

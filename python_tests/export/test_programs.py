@@ -140,18 +140,34 @@ def test_nothing_is_written_when_something_is_wrong(export, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
-    def save(program, file, **options):
-        Path(file).write_text("half a")
+@pytest.mark.parametrize("export", [export_program, export_package])
+def test_a_failed_export_leaves_the_old_file(export, tmp_path, monkeypatch):
+    def write(program, file=None, *, package_path=None, **options):
+        Path(file or package_path).write_text("half a")
         raise OSError("disk full")
 
     path = tmp_path / "vit.pt2"
     path.write_text("old")
-    monkeypatch.setattr(torch.export, "save", save)
+    monkeypatch.setattr(torch.export, "save", write)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", write)
     with pytest.raises(OSError, match="disk full"):
-        export_program(small(), path)
+        export(small(), path)
     assert [file.name for file in tmp_path.iterdir()] == ["vit.pt2"]
     assert path.read_text() == "old"
+
+
+def test_options_reach_the_compiler(tmp_path, monkeypatch):
+    given = {}
+
+    def write(program, *, package_path, inductor_configs):
+        given.update(inductor_configs)
+        Path(package_path).write_text("compiled")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", write)
+    path = export_package(small(), tmp_path / "vit.pt2", options={"max_autotune": True})
+    assert path.read_text() == "compiled"
+    assert given["max_autotune"] is True
+    assert given["aot_inductor.metadata"]["batch"] == "any"
 
 
 def test_what_cannot_be_loaded_is_explained(tmp_path):
