@@ -75,7 +75,7 @@ def variants(dense: nn.Module, methods: dict[str, Any], macs: float, kinds: tupl
 def table(records: list[dict[str, Any]]) -> str:
     """The records as Markdown."""
     lines = [
-        "| | | top-1, points | KL | time, of dense float32 (20 % - 80 % of the rounds) | of dense alike |",
+        "| | | top-1, points | KL | time, of dense float32 (20 % - 80 % of the rounds) | of dense of its kind |",
         "|---|---|---|---|---|---|",
     ]
     for record in records:
