@@ -1,4 +1,4 @@
-"""Every way to run a pruned model elsewhere: what `test_deploy.py` checks and `bench/deploy_table.py` tabulates.
+"""Every way to run a pruned model elsewhere: what `deploy/` checks and `bench/deploy_table.py` tabulates.
 
 A path takes a pruned model and an empty folder, and raises when what comes out is not what the model gives.
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import methods
+from .files import replacing
 from .loading import ModelError, check_fit
 from .patch import record_of
 from .prune import apply, remove, schedule_of
@@ -58,7 +58,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     except RecipeError as error:
         content["why_no_model"] = str(error)
         _log.warning("%s: loading it needs model=...: %s", path, error)
-    _write(_unshared(state), path, {"format": "pt", _KEY: json.dumps(content)})
+    with replacing(path) as file:
+        save_file(_unshared(state), file, {"format": "pt", _KEY: json.dumps(content)})
 
 
 def load(path: str | Path, model: nn.Module | None = None, *, device: torch.device | str | None = None) -> nn.Module:
@@ -130,18 +131,6 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found[name] = (value.clone() if storage in seen else value).contiguous().cpu()
         seen.add(storage)
     return found
-
-
-def _write(state: dict[str, Tensor], path: Path, about: dict[str, str]) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.touch()  # says by an OSError that there is no such folder, or no right to write
-        save_file(state, unfinished, about)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())  # else a crash of the machine could leave the new name with no content
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

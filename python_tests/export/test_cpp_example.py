@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from deploy_paths import build_cpp
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 import tokenprune_ext
 
 SOURCE = Path(__file__).resolve().parents[2] / "examples" / "cpp"
-NEEDED = [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]
+NEEDED = [tool for tool in ("cmake", "ninja", "c++") if shutil.which(tool) is None]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(tokenprune_ext.__file__).parents[1])}
 
 pytestmark = [
@@ -35,15 +36,7 @@ def shell(*command: str | Path, folder: Path, **environment: str) -> subprocess.
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("classify")
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    configured = shell(
-        "cmake", "-S", SOURCE, "-B", ".", *generator, f"-DPython_EXECUTABLE={sys.executable}", folder=folder
-    )
-    assert configured.returncode == 0, configured.stdout + configured.stderr
-    built = shell("cmake", "--build", ".", folder=folder)
-    assert built.returncode == 0, built.stdout + built.stderr
-    return folder / "classify"
+    return build_cpp(tmp_path_factory.mktemp("classify"))
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +57,8 @@ def expected(model: nn.Module, files: list[Path]) -> Tensor:
         return model(torch.stack([transform(Image.open(file)) for file in files]))
 
 
-@pytest.mark.parametrize("method", ["auto", "zero_tprune"])
-def test_logits_are_those_of_the_model(packaged, program, photographs, tmp_path, method):
-    model, package = packaged("vit", method)
+def test_logits_are_those_of_the_model(packaged, program, photographs, tmp_path):
+    model, package = packaged("vit", "auto")
     prepared = shell(sys.executable, SOURCE / "prepare.py", package, *photographs, "images", folder=tmp_path)
     assert prepared.returncode == 0, prepared.stderr
     # Nothing of Python is there to be found.

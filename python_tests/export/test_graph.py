@@ -11,7 +11,7 @@ from tokenprune_ext.export.graph import captured, example_images
 from tokenprune_ext.patch import UnsupportedModelError
 from tokenprune_ext.prune import apply
 
-# Beside those of test_deploy.py.
+# Beside those of deploy/.
 FAMILIES = ("dinov2_reg4", "rope_mixed", "hf_deit", "hf_dinov2_reg", "hf_dinov3_bare", "hf_siglip_bare")
 
 

@@ -10,7 +10,7 @@ from tokenprune_ext import methods
 from tokenprune_ext.patch.sources import recording
 from tokenprune_ext.prune import apply, remove
 
-# Ways through the methods that no default takes; the defaults are in test_deploy.py.
+# Ways through the methods that no default takes; the defaults are in deploy/.
 VARIANTS = {
     "evit weighted": methods.create("evit", reduction="weighted"),
     "zero_tprune merge": methods.create("zero_tprune", reduction="merge", partition="random", feature="key_heads"),

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from tokenprune_ext import __version__
+from tokenprune_ext.files import replacing
 from tokenprune_ext.patch import inspect_host, record_of
 from tokenprune_ext.schedule import Schedule
 
@@ -58,7 +56,7 @@ def export_program(
     """
     target, program, facts = _exported(model, path, batch, images, details)
     program.example_inputs = None  # would be written too: somebody's images
-    with _replacing(target) as file:
+    with replacing(target) as file:
         torch.export.save(program, file, extra_files={_DETAILS: json.dumps(facts)})
     return target
 
@@ -79,7 +77,7 @@ def export_package(
     """
     target, program, facts = _exported(model, path, batch, images, details)
     configs = {**(options or {}), "aot_inductor.metadata": facts}
-    with _replacing(target) as file:
+    with replacing(target) as file:
         torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=configs)
     return target
 
@@ -179,12 +177,3 @@ def _exported(
     kept = {name: value for name, value in {**facts, **(details or {})}.items() if value is not None}
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in kept.items()}
     return target, program, texts
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A file to write, of the same name, that takes the target's place when it is complete."""
-    with tempfile.TemporaryDirectory(prefix=f".{target.stem}-", dir=target.parent) as folder:
-        file = Path(folder) / target.name
-        yield file
-        os.replace(file, target)
