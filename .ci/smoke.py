@@ -5,6 +5,7 @@ usage: smoke.py          the libraries that can load do, their kernels are regis
 
 import importlib
 import itertools
+import subprocess
 import sys
 from pathlib import Path
 
@@ -44,7 +45,15 @@ def check_operators(device: str) -> None:
         torch.library.opcheck(getattr(torch.ops.tokenprune, name).default, args)
 
 
+def check_without_the_package() -> None:
+    """As a C++ program does: the schemas, then the kernels."""
+    load = "import sys, torch; [torch.ops.load_library(path) for path in sys.argv[1:]]; "
+    call = "print(torch.ops.tokenprune.attn_colsum(torch.ones(1, 2, 3, 3), 'sum'))"
+    subprocess.run([sys.executable, "-c", load + call, *map(str, tokenprune_ext.library_paths()[:2])], check=True)
+
+
 check_libraries()
+check_without_the_package()
 for device in itertools.chain(["cpu"], ["cuda"] if torch.cuda.is_available() else []):
     check_operators(device)
     print(f"torch {torch.__version__}: operators on {device} agree with their references")
