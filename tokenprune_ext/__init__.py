@@ -8,11 +8,13 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 from . import ops
-from ._loader import load
+from ._loader import library_paths
+from ._loader import load as _load_libraries
 
 if TYPE_CHECKING:
     from . import methods as methods
     from . import presets as presets
+    from .checkpoint import load, save
     from .patch import UnsupportedModelError as UnsupportedModelError
     from .patch import restore as restore
     from .prune import Description, Trace, apply, describe, remove, schedule_of, trace
@@ -23,7 +25,7 @@ try:
 except metadata.PackageNotFoundError:  # imported from a source tree that is not installed
     __version__ = "0+unknown"
 
-LIBRARIES = load()
+LIBRARIES = _load_libraries()
 
 _HOMES = {
     "Description": "prune",
@@ -32,8 +34,10 @@ _HOMES = {
     "UnsupportedModelError": "patch",
     "apply": "prune",
     "describe": "prune",
+    "load": "checkpoint",
     "remove": "prune",
     "restore": "patch",
+    "save": "checkpoint",
     "schedule_of": "prune",
     "trace": "prune",
 }
@@ -47,11 +51,14 @@ __all__ = [
     "__version__",
     "apply",
     "describe",
+    "library_paths",
+    "load",
     "methods",
     "ops",
     "presets",
     "remove",
     "restore",
+    "save",
     "schedule_of",
     "trace",
 ]

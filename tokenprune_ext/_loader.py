@@ -87,6 +87,17 @@ def _report(cpu: Library, cuda: Library) -> None:
             warnings.warn(_explain(library), RuntimeWarning, stacklevel=3)
 
 
+def library_paths() -> tuple[Path, ...]:
+    """The compiled libraries that a C++ program loads in place of this package, in this order.
+
+    First the schemas of the operators, which only a process without Python may load; then the kernels, those for CUDA
+    where this torch has it.
+    """
+    folder = Path(__file__).parent
+    names = ("_C_schemas", "_C_cpu", *(("_C_cuda",) if torch_has_cuda() else ()))
+    return tuple(path for name in names if (path := folder / f"{name}.so").exists())
+
+
 def load() -> tuple[Library, Library]:
     """Load ``_C_cpu`` and ``_C_cuda``.
 

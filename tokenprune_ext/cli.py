@@ -10,7 +10,16 @@ from typing import Any
 
 import click
 
-from tokenprune_ext import __version__, cli_compare, cli_eval, cli_predict, cli_profile, cli_search, cli_visualize
+from tokenprune_ext import (
+    __version__,
+    cli_compare,
+    cli_eval,
+    cli_export,
+    cli_predict,
+    cli_profile,
+    cli_search,
+    cli_visualize,
+)
 from tokenprune_ext import cli_values as values
 
 
@@ -96,6 +105,7 @@ def info(as_json: bool) -> None:
 main.add_command(cli_compare.compare)
 main.add_command(cli_compare.demo)
 main.add_command(cli_eval.evaluate)
+main.add_command(cli_export.export)
 main.add_command(cli_predict.predict)
 main.add_command(cli_profile.profile)
 main.add_command(cli_search.search)

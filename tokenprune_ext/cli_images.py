@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 from tokenprune_ext import cli_values as values
-from tokenprune_ext.cli_values import FILE
 
 
 @dataclass(frozen=True)
@@ -28,16 +27,15 @@ def input_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Keywords of `load_inputs`."""
     command = values.with_options(
         values.preprocess_options(command),
-        click.option("--weights", type=FILE, help="Local weights: .safetensors, .pth, .pt or .bin."),
-        click.option("--pretrained", is_flag=True, help="Take the weights from the hub."),
+        values.weights_options,
         click.option(
             "--data",
             required=True,
             type=click.Path(exists=True, path_type=Path),
             help="Folder of class folders, folder of images, or TSV of file and class index.",
         ),
-        click.option("--labels", type=FILE, help="Names of the classes in the model's order, one per line."),
-        click.option("--unlabelled", is_flag=True, help="Ignore labels; compare with the dense model only."),
+        values.labels_option,
+        values.unlabelled_option,
         click.option("--limit", type=click.IntRange(1), help="At most so many images, balanced over the classes."),
         click.option("--seed", type=int, default=0, help="Of the choice of images."),
     )
@@ -55,14 +53,14 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default=min(4, os.cpu_count() or 1),
             help="Processes that read images.",
         ),
-        click.option("--device", type=values.Device(), help="cpu, cuda or cuda:N.  [default: cuda where there is one]"),
+        values.device_option,
         click.option(
             "--dtype",
             type=click.Choice(["float32", "bfloat16", "float16"]),
             default="float32",
             help="Weights and inputs are cast to it.",
         ),
-        click.option("--threads", type=click.IntRange(1), help="CPU threads of torch."),
+        values.threads_option,
     )
 
 

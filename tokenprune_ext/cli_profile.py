@@ -18,8 +18,7 @@ _DRIFTED = 0.1  # of a checked schedule, beyond which it is said
 
 @click.command()
 @values.model_options
-@click.option("--weights", type=FILE, help="Local weights: .safetensors, .pth, .pt or .bin.  [default: random]")
-@click.option("--pretrained", is_flag=True, help="Take the weights from the hub.")
+@values.weights_options
 @click.option("--method", default="pomt", help="name[:option=value...] of what prunes, at one layer.")
 @click.option("--layer", type=click.IntRange(0), help="0-based block that prunes.  [default: the method's]")
 @click.option(
@@ -29,14 +28,14 @@ _DRIFTED = 0.1  # of a checked schedule, beyond which it is said
     help="Time the model as the method prunes it, or random removal at the first layer.",
 )
 @click.option("--batch-sizes", type=values.Counts(), default="1", help="Images of a forward pass, like 1,2,4.")
-@click.option("--device", type=values.Device(), help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
+@values.device_option
 @click.option(
     "--dtype",
     type=click.Choice([*_DTYPES, *_DTYPES.values()]),
     default="float32",
     help="Weights and inputs are cast to it.",
 )
-@click.option("--threads", type=click.IntRange(1), help="CPU threads of torch.")
+@values.threads_option
 @click.option("--cuda-graph", is_flag=True, help="Replay forward passes as CUDA graphs.")
 @click.option("--stride", type=click.IntRange(1), default=1, help="Distance of the token counts.")
 @click.option("--coarse", type=click.IntRange(2), help="Start with this distance and refine around steps.")
@@ -49,8 +48,8 @@ _DRIFTED = 0.1  # of a checked schedule, beyond which it is said
     type=click.Path(exists=True, path_type=Path),
     help="Images for the accuracy: folder of class folders, folder of images, or TSV. Without them no R is chosen.",
 )
-@click.option("--labels", type=FILE, help="Names of the classes in the model's order, one per line.")
-@click.option("--unlabelled", is_flag=True, help="Ignore labels: agreement with the dense model.")
+@values.labels_option
+@values.unlabelled_option
 @click.option("--limit", type=click.IntRange(1), default=500, help="At most so many images, balanced over the classes.")
 @click.option("--accuracy-stride", type=click.IntRange(1), default=4, help="Distance of the counts that are evaluated.")
 @click.option("--eval-batch-size", type=click.IntRange(1), default=32, help="Images at once for the accuracy.")

@@ -111,6 +111,12 @@ class Device(click.ParamType[Any]):
         return torch.device(str(value))
 
 
+device_option = click.option("--device", type=Device(), help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
+threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads of torch.")
+labels_option = click.option("--labels", type=FILE, help="Names of the classes in the model's order, one per line.")
+unlabelled_option = click.option("--unlabelled", is_flag=True, help="Ignore labels; compare with the dense model only.")
+
+
 def parse_methods(text: str) -> dict[str, Any]:
     """`Method` instances by their own text, from `name[:option=value...][,...]`.
 
@@ -138,6 +144,14 @@ def parse_method(text: str) -> Any:
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option("--img-size", type=click.IntRange(1), help="Side of the input in pixels.")(command)
     return click.option("--model", "model_name", required=True, help="Any timm model name.")(command)
+
+
+def weights_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    return with_options(
+        command,
+        click.option("--weights", type=FILE, help="Local weights: .safetensors, .pth, .pt or .bin."),
+        click.option("--pretrained", is_flag=True, help="Take the weights from the hub."),
+    )
 
 
 def preprocess_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from tokenprune_ext import cli_values as values
-from tokenprune_ext.cli_values import FILE
 
 _MACS = 0.64
 
@@ -18,8 +17,7 @@ _MACS = 0.64
 @click.option("--demo", is_flag=True, help="The model and the images that come with the package.")
 @click.option("--model", "model_name", help="Any timm model name.")
 @click.option("--img-size", type=click.IntRange(1), help="Side of the input in pixels.")
-@click.option("--weights", type=FILE, help="Local weights: .safetensors, .pth, .pt or .bin.")
-@click.option("--pretrained", is_flag=True, help="Take the weights from the hub.")
+@values.weights_options
 @click.option("--methods", default="topk,zero_tprune,tome,peaks", help="name[:option=value...], separated by commas.")
 @values.pruning_options
 @click.option(
@@ -29,14 +27,14 @@ _MACS = 0.64
     multiple=True,
     help="Schedule file as a further row; repeatable.",
 )
-@click.option("--labels", type=FILE, help="Names of the classes in the model's order, one per line.")
+@values.labels_option
 @values.preprocess_options
 @click.option("--limit", type=click.IntRange(1), default=4, help="At most so many images of a folder or list.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the choice of images.")
 @click.option("--columns", type=click.IntRange(1), default=4, help="Pruning layers a figure shows at most.")
 @click.option("--dpi", type=click.IntRange(50), default=300, help="Pixels an inch; a panel is 1.12 inches wide.")
 @click.option("--panels", "single_panels", is_flag=True, help="Write every panel as a file of its own, too.")
-@click.option("--device", type=values.Device(), help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
+@values.device_option
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),

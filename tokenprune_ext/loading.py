@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,12 @@ def load_model(
     """
     if weights is not None and pretrained:
         raise ModelError("weights come from a file or from the hub, not from both")
-    _check_name(name)
+    if ":" not in name:  # hf-hub: and local-dir: names are resolved by timm itself
+        check_name(name)
     if weights is None:
-        return _create(name, pretrained=pretrained, img_size=img_size).eval()
+        return create(name, pretrained=pretrained, img_size=img_size).eval()
     state = read_weights(weights)
-    model = _create(name, img_size=img_size, num_classes=_classes_in(state, name))
+    model = create(name, img_size=img_size, num_classes=_classes_in(state, name))
     _load_strictly(model, state, weights, name, resample=img_size is not None)
     return model.eval()
 
@@ -67,16 +69,22 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raises ModelError when the installed timm has no architecture of this name, with or without a tag."""
     base = name.split(".")[0]
-    if ":" in name or is_model(base):  # hf-hub: and local-dir: names are resolved by timm itself
+    if is_model(base):
         return
     near = difflib.get_close_matches(base, timm.list_models(), n=5, cutoff=0.5)
     hint = f"; did you mean {', '.join(near)}?" if near else ""
     raise ModelError(f"timm has no model {name!r}{hint}")
 
 
-def _create(name: str, *, pretrained: bool = False, **options: int | None) -> nn.Module:
+def create(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
+    """A timm model with these arguments of its constructor, None for the default.
+
+    Raises:
+        ModelError: it cannot be built, or its weights cannot be had.
+    """
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     try:
         model = timm.create_model(name, pretrained=pretrained, **given)
@@ -103,26 +111,59 @@ def _classes_in(state: dict[str, Tensor], name: str) -> int | None:
 
 
 def _load_strictly(model: nn.Module, state: dict[str, Tensor], path: str | Path, name: str, *, resample: bool) -> None:
-    own = model.state_dict()
+    keys = model.state_dict().keys()
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if convert is not None and (resample or state.keys() != own.keys()):
+    if convert is not None and (resample or state.keys() != keys):
         # timm's own conversion of published checkpoints; for a file it does not know the keys are reported below
         with contextlib.suppress(Exception):
             state = convert(state, model)
+    check_fit(model, state, path, name)
+    with torch.no_grad():
+        model.load_state_dict(state)
+
+
+def check_fit(
+    model: nn.Module, state: Mapping[str, Tensor], path: str | Path, name: str, *, dtypes: bool = False
+) -> None:
+    """Whether a state dict goes into a model as it is; with ``dtypes``, without a change of dtype.
+
+    Args:
+        model, state: looked at alone.
+        path, name: what an error calls them.
+
+    Raises:
+        ModelError: the keys that do not fit, by kind.
+    """
+    own = model.state_dict(keep_vars=True)
+    both = [key for key in own if key in state]
+    tied: dict[int, str] = {}
     problems = {
         "missing": [key for key in own if key not in state],
         "unexpected": [key for key in state if key not in own],
         "of another shape": [
             f"{key} (file {list(state[key].shape)}, model {list(own[key].shape)})"
-            for key in own
-            if key in state and state[key].shape != own[key].shape
+            for key in both
+            if state[key].shape != own[key].shape
+        ],
+        "of another dtype": [
+            f"{key} (file {dtype_text(state[key].dtype)}, model {dtype_text(own[key].dtype)})"
+            for key in both
+            if dtypes and state[key].dtype != own[key].dtype
+        ],
+        "one tensor in the model and several in the file": [
+            f"{first} and {key}"
+            for key in both
+            if (first := tied.setdefault(id(own[key]), key)) != key and not torch.equal(state[first], state[key])
         ],
     }
     if any(problems.values()):
         said = "; ".join(f"{len(keys)} {kind}: {_shorten(keys)}" for kind, keys in problems.items() if keys)
         raise ModelError(f"weights {path} do not fit {name}: {said}")
-    with torch.no_grad():
-        model.load_state_dict(state)
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    """Its name without torch."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _shorten(keys: list[str]) -> str:

@@ -66,10 +66,10 @@ def of_blocks(model: nn.Module, ask: Callable[[HostAdapter, int, nn.Module], Fou
     host, adapter = inspect_host(model), adapter_of(model)
     known: dict[Any, Found] = {}
     found = []
-    for block in adapter.blocks(model):
+    for block in map(_on_meta, adapter.blocks(model)):
         shapes = tuple((name, tensor.shape) for name, tensor in _tensors(block))
         if shapes not in known:
-            known[shapes] = ask(adapter, host.channels, _on_meta(block))
+            known[shapes] = ask(adapter, host.channels, block)
         found.append(known[shapes])
     return found
 
@@ -163,5 +163,13 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _on_meta(module: nn.Module) -> nn.Module:
-    """A copy whose tensors have shapes and dtypes alone."""
-    return copy.deepcopy(module, {id(tensor): tensor.detach().to("meta") for _, tensor in _tensors(module)})
+    """A copy whose tensors have shapes and dtypes alone; quantised layers become the float ones they stand for."""
+    memo: dict[int, Any] = {
+        id(tensor): torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for _, tensor in _tensors(module)
+    }
+    part: Any
+    for part in module.modules():
+        if type(part).__module__.startswith("torch.ao.nn.quantized") and hasattr(part, "in_features"):
+            plain = nn.Linear(part.in_features, part.out_features, device="meta", dtype=torch.float32)
+            memo[id(part)] = plain.requires_grad_(False)
+    return copy.deepcopy(module, memo)

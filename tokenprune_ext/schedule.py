@@ -150,8 +150,12 @@ class Schedule:
 
     def save(self, path: str | Path) -> None:
         """Write the schedule as JSON."""
+        Path(path).write_text(self.to_json(indent=2) + "\n", "utf-8")
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The schedule as :meth:`save` writes it."""
         content = {"format": FORMAT, **{item.name: getattr(self, item.name) for item in fields(self)}}
-        Path(path).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        return json.dumps(content, indent=indent)
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
@@ -162,14 +166,20 @@ class Schedule:
             ValueError: not JSON, or not a schedule; the message names the file and the field.
         """
         try:
-            return cls._from_json(Path(path).read_text("utf-8"))
+            return cls.from_json(Path(path).read_text("utf-8"))
         except FileNotFoundError:
             raise FileNotFoundError(f"no such schedule file: {path}") from None
         except (TypeError, ValueError) as error:
             raise ValueError(f"schedule {path}: {error}") from error
 
     @classmethod
-    def _from_json(cls, text: str) -> Schedule:
+    def from_json(cls, text: str) -> Schedule:
+        """The schedule that :meth:`to_json` gave.
+
+        Raises:
+            TypeError: a field of the wrong type.
+            ValueError: not JSON, not a schedule, or a method that is not registered; the message names the field.
+        """
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from host_models import PRUNING, images_for, logits, make_host
+from host_models import images_for, logits, make_host
 from torch import nn
 
 from tokenprune_ext.export.graph import captured, example_images
 from tokenprune_ext.patch import UnsupportedModelError
 from tokenprune_ext.prune import apply
 
-FAMILIES = ("vit", "siglip", "dinov2_reg4", "eva02", "rope_mixed", "beit", "hf_vit", "hf_deit", "hf_dinov2_reg")
-FAMILIES += ("hf_dinov3_bare", "hf_clip", "hf_siglip_bare")
+# Beside those of test_deploy.py.
+FAMILIES = ("dinov2_reg4", "rope_mixed", "hf_deit", "hf_dinov2_reg", "hf_dinov3_bare", "hf_siglip_bare")
 
 
 def check(model: nn.Module, **options) -> None:
@@ -22,12 +22,8 @@ def check(model: nn.Module, **options) -> None:
         torch.testing.assert_close(logits(program, images), logits(model, images), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["dense", *PRUNING])
-def test_every_method(method):
-    model = make_host("vit", depth=3)
-    if method != "dense":
-        apply(model, method, layers=[0, 1], keep=[11, 7])
-    check(model)
+def test_dense():
+    check(make_host("vit", depth=2))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -69,7 +65,7 @@ def test_transformers_makes_masks_again_and_refuses_real_ones():
     model = apply(make_host("hf_vit"), "topk", keep=0.7)
     captured(model)
     assert dict(masking.ALL_MASK_ATTENTION_FUNCTIONS) == makers
-    with pytest.raises(ValueError, match="attention_mask does .*: the tokens it speaks of are gone; export the"):
+    with pytest.raises(ValueError, match=r"attention_mask does .*: the tokens it speaks of are gone; export the"):
         torch.export.export(model, (images_for(model),))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,10 +34,12 @@ def build_error() -> str:
     """Build what has changed, once a process; what went wrong, or nothing."""
     options = ["-DTOKENPRUNE_SIMT=1", f"-DPython_EXECUTABLE={sys.executable}"]
     environment = {**os.environ, "LD_PRELOAD": ""}  # compilers do not want the sanitizers' run time
-    for command in (["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *options], ["cmake", "--build", BUILD]):
-        result = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if result.returncode != 0:
-            return f"{result.stdout}\n{result.stderr}"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with FileLock(BUILD / "lock"):  # processes of pytest-xdist share the folder
+        for command in (["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *options], ["cmake", "--build", BUILD]):
+            result = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if result.returncode != 0:
+                return f"{result.stdout}\n{result.stderr}"
     return ""
 
 

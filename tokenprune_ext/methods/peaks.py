@@ -86,11 +86,11 @@ class Peaks(ScoredMethod):
         """A token is compared with the more important ones only: every pair once."""
         patches = tokens - host.num_prefix_tokens
         width = cost.heads * cost.head_dim
-        attention = {"class": tokens, "received": tokens**2, "wpr": (1 + _WPR_ITERS) * tokens**2, "norm": 0}
-        pairs = patches * (patches - 1) // 2
         source = self._source(host.has_class_token)
-        lengths = tokens if self.value_length and source != "norm" else 0
-        return pairs * cost.channels + (attention[source] + lengths) * width
+        attention = {"class": tokens, "received": tokens**2, "wpr": tokens**2, "norm": 0}[source] * width
+        iterations = {"wpr": _WPR_ITERS, "received": int(self.value_length)}.get(source, 0) * tokens**2 * cost.heads
+        lengths = tokens * width if self.value_length and source != "norm" else 0
+        return patches * (patches - 1) // 2 * cost.channels + attention + iterations + lengths
 
     def _source(self, has_class_token: bool) -> str:
         return self.importance if self.importance != "auto" else "class" if has_class_token else "received"

@@ -6,10 +6,11 @@ add kernels for the CPU and CUDA dispatch keys, in any order and also not at all
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "tokenprune"
 
@@ -24,6 +25,7 @@ def define(
     fake: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
+    macs: Callable[[Mapping[str, Any]], int] | None = None,
 ) -> Callable[..., Any]:
     """Register one operator and return it.
 
@@ -34,6 +36,8 @@ def define(
         fake: shapes and dtypes of the results, after the argument checks.
         setup_context: what the gradient needs (see ``torch.library.register_autograd``).
         backward: the gradient.
+        macs: multiply-accumulates, from all arguments by name with every tensor replaced by its shape; for torch's
+            ``FlopCounterMode``, which counts two operations each. None where data is moved and little computed.
     """
     name = schema.partition("(")[0]
     qualified = f"{NAMESPACE}::{name}"
@@ -41,4 +45,15 @@ def define(
     _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    packet = getattr(getattr(torch.ops, NAMESPACE), name)
+    if macs is not None:
+        _count_flops(packet, macs)
+    return packet.default
+
+
+def _count_flops(packet: Any, macs: Callable[[Mapping[str, Any]], int]) -> None:
+    defaults = {arg.name: arg.default_value for arg in packet.default._schema.arguments}
+
+    @register_flop_formula(packet)
+    def flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return 2 * macs({**defaults, **dict(zip(defaults, args, strict=False)), **kwargs})

@@ -24,7 +24,7 @@ def check_qk(q: object, k: object, scale: float) -> None:
         raise ValueError(f"k must be on the device of q, {q.device}, got {k.device}")
     if min(q.shape[1:]) < 1:
         raise ValueError(f"q must have at least one head, one token and one channel, got shape {list(q.shape)}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,3 +57,10 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 def tf32_allowed(similarity: str) -> bool:
     """A distance is a small difference of products and norms: rounding the products alone would drown it."""
     return similarity != "euclidean" and allow_tf32()
+
+
+def all_pairs_macs(given: Mapping[str, Any]) -> int:
+    """MACs of comparing every pair of patch tokens once: the most there can be, whatever the ranks are."""
+    batch, tokens, channels = given["metric"]
+    patches = tokens - given["num_prefix"]
+    return batch * channels * (patches * (patches - 1) // 2)

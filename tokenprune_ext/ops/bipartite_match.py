@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -104,6 +105,12 @@ def _backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
     raise RuntimeError("bipartite_match returns positions, which have no gradient")
 
 
+def _macs(given: Mapping[str, Any]) -> int:
+    batch, tokens, channels = given["metric"]
+    patches = tokens - given["num_prefix"]
+    return batch * channels * (patches // 2) * (patches - patches // 2)
+
+
 _op = define(
     "bipartite_match(Tensor metric, Tensor? scores, int r, int num_prefix=0, "
     'str partition="alternate", str similarity="cosine", bool allow_tf32=False) -> (Tensor, Tensor, Tensor)',
@@ -111,6 +118,7 @@ _op = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    macs=_macs,
 )
 
 

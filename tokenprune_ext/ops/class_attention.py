@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn
 
 import torch
@@ -71,6 +72,7 @@ _op = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    macs=lambda given: math.prod(given["k"]) * (1 if given["v"] is None else 2),
 )
 
 

@@ -12,7 +12,7 @@ from tokenprune_ext.checks import check_int
 
 from ._check import accumulate_dtype
 from ._define import define
-from ._similarity import MIN_NORM, check_metric, compared_rows, pairwise, take_rows, tf32_allowed
+from ._similarity import MIN_NORM, all_pairs_macs, check_metric, compared_rows, pairwise, take_rows, tf32_allowed
 
 
 def _check(metric: Tensor, rank: Tensor, num_prefix: int, similarity: str) -> None:
@@ -94,6 +94,7 @@ _op = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    macs=all_pairs_macs,
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +14,7 @@ from tokenprune_ext.checks import check_int
 from ._check import accumulate_dtype, allow_tf32, check_floating
 from ._define import define
 from ._select import ranked, split
-from ._similarity import check_metric
+from ._similarity import all_pairs_macs, check_metric
 from .nearest_token import reference as nearest_token
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -32,7 +33,7 @@ def _check(metric: Tensor, importance: Tensor, keep: int, num_prefix: int, expon
         raise ValueError(f"importance must be on the device of metric, {metric.device}, got {importance.device}")
     check_int("num_prefix", num_prefix, 0, metric.shape[1], "the number of tokens")
     check_int("keep", keep, 1, metric.shape[1] - num_prefix, "the number of patch tokens")
-    if not (math.isfinite(exponent) and exponent > 0):
+    if not 0 < exponent < math.inf:
         raise ValueError(f"exponent must be positive and finite, got {exponent}")
 
 
@@ -84,6 +85,13 @@ def _backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
     raise RuntimeError("peaks_match chooses tokens and has no gradient")
 
 
+def _macs(given: Mapping[str, Any]) -> int:
+    """Both searches: among the more important tokens, and among those that stay."""
+    batch, tokens, channels = given["metric"]
+    keep = given["keep"]
+    return all_pairs_macs(given) + batch * channels * keep * (tokens - given["num_prefix"] - keep)
+
+
 _op = define(
     "peaks_match(Tensor metric, Tensor importance, int keep, int num_prefix=0, float exponent=1.0, "
     "bool allow_tf32=False) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -91,6 +99,7 @@ _op = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    macs=_macs,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -65,6 +66,7 @@ _op = define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    macs=lambda given: math.prod(given["q"][:3]) * given["q"][2] * (given["q"][3] + given["max_iters"]),
 )
 
 

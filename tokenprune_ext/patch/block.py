@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from .adapter import HostAdapter
 from .context import AttentionContext, Reduced
@@ -21,6 +23,8 @@ PLAN = "_tokenprune_plan"
 
 class TokenMethod(Protocol):
     """What a pruning block asks of a method (see ``tokenprune_ext.methods.Method``)."""
+
+    name: ClassVar[str]
 
     @property
     def where(self) -> Literal["attention", "block"]: ...
@@ -129,7 +133,8 @@ def _reduce(plan: BlockPlan, state: TokenState, projected: Projected, keep: int)
         size=state.size,
         bias=None if bias is None else bias.detach(),
     )
-    reduced = plan.method.reduce(context, keep)
+    with _named(plan, context.num_patches, keep):
+        reduced = plan.method.reduce(context, keep)
     record(plan.layer, reduced, context.num_prefix, context.num_patches)
     source = state.source
     if source is not None:
@@ -141,6 +146,13 @@ def _reduce(plan: BlockPlan, state: TokenState, projected: Projected, keep: int)
         position=_positions(state.position, reduced, host, context.num_patches) if host.positional else None,
         source=source,
     )
+
+
+def _named(plan: BlockPlan, patches: int, keep: int) -> AbstractContextManager[object]:
+    """A range in torch's profiler, and through its ``emit_nvtx`` in Nsight; nothing where nobody records."""
+    if torch.compiler.is_compiling() or not torch._C._autograd._profiler_enabled():
+        return nullcontext()
+    return record_function(f"tokenprune {plan.method.name}, block {plan.layer}: {patches} -> {keep} patches")
 
 
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:

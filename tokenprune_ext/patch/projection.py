@@ -47,6 +47,11 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
+def is_quantised(linear: nn.Module) -> bool:
+    """Whether the weight is none to compute with: torchao's tensors are made of others, torch.ao has a function."""
+    return not isinstance(linear.weight, Tensor) or hasattr(linear.weight, "__tensor_flatten__")
+
+
 def fused_projection(
     x: Tensor, qkv: nn.Module, heads: int, queries: int, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +60,7 @@ def fused_projection(
     Asked for few queries, it multiplies the rest of the tokens with the weights of keys and values alone; a layer that
     is not a plain linear one (an adapter, a quantised layer) is run whole. ``bias`` stands in for one of the layer.
     """
-    if queries == x.shape[1] or type(qkv) is not nn.Linear:
+    if queries == x.shape[1] or type(qkv) is not nn.Linear or is_quantised(qkv):
         out = qkv(x) if bias is None else F.linear(x, qkv.weight, bias)  # type: ignore[arg-type]
         q, k, v = out.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q[:, :, :queries], k, v

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .adapter import HostAdapter, Parts, check_parts, kind_of, register_host, unsupported
 from .host import Host
 from .mixin import Mixin, dense_class
-from .projection import Projected, fused_projection
+from .projection import Projected, fused_projection, is_quantised
 from .timm_features import FullGridFeatures
 
 BRANCHES = {"norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2"}
@@ -145,6 +145,8 @@ class TimmViT(HostAdapter):
         check_parts(f"{name}.attn", attn, self.attentions[type(attn)])
         if getattr(attn, "qkv_bias_separate", False):
             raise unsupported(f"{name}.attn", "qkv_bias_separate")
+        if getattr(attn, "q_bias", None) is not None and is_quantised(attn.qkv):
+            raise unsupported(f"{name}.attn.qkv", "timm's own forward cannot run it quantised; leave it as it is")
 
 
 def separate_bias(attn: Any) -> Tensor | None:

@@ -1,0 +1,29 @@
+"""What a pruning layer does has a readable name in torch's profiler, and costs nothing where nobody looks."""
+
+from __future__ import annotations
+
+import torch
+from host_models import images_for, make_host
+from torch.profiler import ProfilerActivity, profile
+
+from tokenprune_ext.prune import apply
+
+
+def test_ranges_and_operators():
+    model = apply(make_host("vit"), "zero_tprune", layers=[1, 2], keep=[11, 7])
+    images = images_for(model)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as found:
+        model(images)
+    names = [event.name for event in found.events()]
+    assert [name for name in names if name.startswith("tokenprune zero")] == [
+        "tokenprune zero_tprune, block 1: 16 -> 11 patches",
+        "tokenprune zero_tprune, block 2: 11 -> 7 patches",
+    ]
+    assert names.count("tokenprune::bipartite_match") == 2
+
+
+def test_no_range_enters_an_exported_graph():
+    model = apply(make_host("vit", depth=2), "topk", layers=[0], keep=0.6)
+    with profile(activities=[ProfilerActivity.CPU]):
+        program = torch.export.export(model, (images_for(model),))
+    assert not [node.name for node in program.graph.nodes if "record_function" in str(node.target)]
