@@ -171,7 +171,7 @@ def test_a_given_model_takes_weights_and_schedule(path: Path) -> None:
     [
         (lambda: pruned(depth=3), r"12 unexpected: blocks.3.*"),
         (lambda: pruned(num_classes=3), r"2 of another shape: head.weight \(file \[10, 32\], model \[3, 32\]\)"),
-        (lambda: pruned().half(), r"of another dtype: cls_token \(file float32, model float16\)"),
+        (lambda: pruned().half(), r"of another dtype: cls_token \(file torch.float32, model torch.float16\)"),
         (lambda: nn.Linear(2, 2), r"do not fit Linear: 2 missing"),
         (lambda: pruned().to("meta"), "is no plain tensor with values but Tensor on meta"),
         (lambda: hooked(pruned()), "schedule does not fit PrunedVisionTransformer: block 2 .* forward hooks"),

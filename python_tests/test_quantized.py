@@ -168,6 +168,15 @@ def test_autocast(method: str, dtype: torch.dtype) -> None:
 
 
 @both
+@pytest.mark.parametrize("method", ["auto", "tome"])
+def test_quantised_under_autocast(method: str, quantise: Quantiser) -> None:
+    model = tokenprune.apply(quantise(make_host("vit")), method, macs=0.8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = outputs(model)
+    assert near(found, outputs(model), 0.2)
+
+
+@both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_quantised_half_precision(quantise: Quantiser, dtype: torch.dtype) -> None:
     model = tokenprune.apply(make_host("vit", dtype), "auto", macs=0.7)

@@ -146,7 +146,7 @@ def check_fit(
             if state[key].shape != own[key].shape
         ],
         "of another dtype": [
-            f"{key} (file {dtype_text(state[key].dtype)}, model {dtype_text(own[key].dtype)})"
+            f"{key} (file {state[key].dtype}, model {own[key].dtype})"
             for key in both
             if dtypes and state[key].dtype != own[key].dtype
         ],
@@ -159,11 +159,6 @@ def check_fit(
     if any(problems.values()):
         said = "; ".join(f"{len(keys)} {kind}: {_shorten(keys)}" for kind, keys in problems.items() if keys)
         raise ModelError(f"weights {path} do not fit {name}: {said}")
-
-
-def dtype_text(dtype: torch.dtype) -> str:
-    """Its name without torch."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _shorten(keys: list[str]) -> str:
