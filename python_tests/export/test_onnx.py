@@ -173,6 +173,17 @@ def test_what_is_in_the_file(written):
     assert "TopK 1" in str(summary)
 
 
+def test_weights_in_a_file_of_their_own(written, tmp_path, monkeypatch):
+    """As torch does it beyond 2 GB."""
+    model, *_ = written
+    save = torch.onnx.ONNXProgram.save
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", lambda *args: save(*args, external_data=True))
+    summary = check(model, tmp_path / "model.onnx")
+    files = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
+    assert files.keys() == {"model.onnx", "model.onnx.data"}
+    assert summary.size_bytes == sum(files.values())
+
+
 def test_nothing_is_written_when_it_fails(written, tmp_path, monkeypatch):
     model, *_ = written
     path = tmp_path / "model.onnx"
