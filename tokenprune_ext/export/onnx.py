@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from tokenprune_ext.checks import check_int
+from tokenprune_ext.files import replacing
 from tokenprune_ext.methods import EViT, Method, Peaks, Pomt, TopK, ZeroTPrune
 from tokenprune_ext.patch import Host, inspect_host, record_of
 from tokenprune_ext.prune import schedule_of
@@ -208,18 +208,14 @@ def _rename(value: Any, symbol: str) -> None:
 def _write(program: ONNXProgram, path: Path, opset: int) -> OnnxSummary:
     import onnx
 
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx-") as folder:
-        written = Path(folder) / path.name
+    with replacing(path) as written:
         program.save(written)
         onnx.checker.check_model(written, full_check=True)
         model = onnx.load(written, load_external_data=False)
         domains = {entry.domain for entry in model.opset_import} | {node.domain for node in model.graph.node}
         assert domains == {""}, domains
         assert not model.functions
-        files = sorted(Path(folder).iterdir(), reverse=True)  # the weights before the graph that names them
-        size = sum(file.stat().st_size for file in files)
-        for file in files:
-            os.replace(file, path.parent / file.name)
+        size = sum(file.stat().st_size for file in written.parent.iterdir())
     counts = Counter(node.op_type for node in model.graph.node)
     return OnnxSummary(
         path=path,
