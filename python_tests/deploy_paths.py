@@ -174,7 +174,8 @@ def saved(model: nn.Module, folder: Path) -> None:
     """A checkpoint, and a new model from it: the same bits."""
     tokenprune_ext.save(model, folder / "model.safetensors")
     again, images = tokenprune_ext.load(folder / "model.safetensors"), images_for(model)
-    agree(logits(again, images), model, images, tolerance=0)
+    with torch.no_grad():
+        agree(logits(again, images), model, images, tolerance=0)
 
 
 PATHS: dict[str, Callable[[nn.Module, Path], None]] = {
