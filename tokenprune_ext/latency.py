@@ -29,8 +29,8 @@ class Latency:
     Attributes:
         median_s, q20_s, q80_s: median, 20 % and 80 % quantile over the rounds, in seconds.
         images_per_s: batch size over the median.
-        speedup: median of the reference over this median, both from the same rounds.
-        speedup_q20, speedup_q80: quantiles of the speed-up taken round by round.
+        speedup: median, over the rounds, of the reference's time over this: load that comes and goes hits both.
+        speedup_q20, speedup_q80: quantiles of the same.
         rounds_s: every measured time, in seconds.
     """
 
@@ -166,7 +166,7 @@ def _summary(times: list[float], reference: list[float], batch: int) -> Latency:
         q20_s=quantile(times, 0.2),
         q80_s=quantile(times, 0.8),
         images_per_s=batch / median,
-        speedup=statistics.median(reference) / median,
+        speedup=statistics.median(ratios),
         speedup_q20=quantile(ratios, 0.2),
         speedup_q80=quantile(ratios, 0.8),
         rounds_s=tuple(times),
