@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -127,7 +127,8 @@ def profile_file(tmp_path: Path) -> Path:
         series = Series("model", size, tokens, median, median, median, same, (5,) * 16, 0.01)
         batches.append(BatchProfile(size, series, tokens, steps, "", (), None, 0.03, None, (), None))
     path = tmp_path / "profile.json"
-    path.write_text(json.dumps({"batches": [asdict(batch) for batch in batches]}, indent=1))
+    content = {"settings": {"model": "vit_tiny_patch16_224"}, "batches": [asdict(batch) for batch in batches]}
+    path.write_text(json.dumps(content, indent=1))
     return path
 
 
@@ -142,6 +143,9 @@ def test_the_profile_of_the_profiler(predicted, tmp_path):
     assert match(predicted, measured, min_fall=0.001).measured == (7, 14)
     with pytest.raises(ValueError, match="has no batch size 1; it has: 2, 4"):
         read_measured(profile_file(tmp_path))
+    other = replace(predicted, model="deit_small_patch16_224")
+    with pytest.raises(ValueError, match="profile is of vit_tiny_patch16_224, and the prediction of deit_small_p"):
+        match(other, measured)
 
 
 def test_the_figure_shows_all_of_both_curves(predicted, tmp_path, monkeypatch):

@@ -30,11 +30,13 @@ class Measured:
         tokens: patch tokens that leave the pruning layer, ascending, none twice.
         latency_s: latencies in seconds.
         edges: those that were found against the noise of the measurement; None where nobody looked.
+        model: what was measured; None where nobody said.
     """
 
     tokens: tuple[int, ...]
     latency_s: tuple[float, ...]
     edges: tuple[Edge, ...] | None = None
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,10 @@ def match(
             measurement has no edges of its own, they are found like the predicted ones.
 
     Raises:
-        ValueError: fewer than two of the measured counts are in the prediction.
+        ValueError: another model was measured, or fewer than two of the measured counts are in the prediction.
     """
+    if measured.model not in (None, prediction.model):
+        raise ValueError(f"the measured profile is of {measured.model}, and the prediction of {prediction.model}")
     known = dict(zip(prediction.tokens, prediction.latency_s, strict=True))
     common = [(n, s) for n, s in zip(measured.tokens, measured.latency_s, strict=True) if n in known]
     if len(common) < 2:
@@ -141,7 +145,8 @@ def _of_profile(content: dict[str, Any], batch_size: int, path: str | Path) -> M
     series, steps = batches[batch_size]["series"], batches[batch_size]["steps"]
     whole = series["median_s"][-1]
     edges = tuple(Edge(s["below"], s["above"], s["jump_s"] / whole) for s in steps if s["jump_s"] > 0)
-    return Measured(tuple(series["tokens"]), tuple(series["median_s"]), edges)
+    model = content.get("settings", {}).get("model")
+    return Measured(tuple(series["tokens"]), tuple(series["median_s"]), edges, model)
 
 
 def _rows(text: str, path: str | Path) -> Iterable[Mapping[str, Any]]:
