@@ -9,6 +9,7 @@ import copy
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -101,7 +102,10 @@ for folder in map(str.strip, sys.stdin):
 def _reader() -> subprocess.Popen[str]:
     """A process that loads programs from the folders it is told, and has never seen a model."""
     command = [sys.executable, "-W", "ignore", "-c", _READ]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    folder = tempfile.gettempdir()  # Python would import the package from a source tree it is started in
+    return subprocess.Popen(
+        command, cwd=folder, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def reloaded(model: nn.Module, folder: Path) -> None:

@@ -140,7 +140,7 @@ def test_a_new_process(path: Path, host: str) -> None:
     code = "import sys, torch, tokenprune_ext as t; torch.set_num_threads(1); x, y = torch.load(sys.argv[2])\n"
     code += "with torch.no_grad(): z = t.load(sys.argv[1])(x)\nassert torch.equal(getattr(z, 'logits', z), y)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code, str(path), str(image)], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", code, str(path), str(image)], check=True, env=environment, cwd=path.parent)
 
 
 def test_other_software_reads_plain_weights(inputs: Path, path: Path) -> None:
