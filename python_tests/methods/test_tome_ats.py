@@ -48,6 +48,7 @@ def test_tome_removes_at_most_half():
     assert method.keep_from_r(100, 4, 49) == [25, 13, 7, 4]
     assert method.keep_from_r([10, 3], 2, 16) == [8, 5]  # what did not fit is not made up for
     assert method.keep_from_r([3, 1, 1], 3, 5) == [3, 2, 1]
+    assert method.keep_from_r([32 - 1.5e-9, 1e9], 2, 64) == [33, 17]  # not below the half of 33, for rounding
     assert [method.min_keep(n) for n in (1, 2, 5, 6)] == [1, 1, 3, 3]
 
 

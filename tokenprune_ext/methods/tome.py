@@ -88,10 +88,11 @@ class ToMe(Method):
 
     def _counts(self, removed: Sequence[float], num_patches: int) -> list[int]:
         counts: list[int] = []
-        left = float(num_patches)
+        left, entering = float(num_patches), num_patches
         for r in removed:
             left = max(left - r, left / 2)  # fractions are carried on, so that an average r is one
-            counts.append(math.ceil(left - 1e-9))
+            entering = max(math.ceil(left - 1e-9), self.min_keep(entering))  # rounding may ask for one too many
+            counts.append(entering)
         return counts
 
     def reduce(self, ctx: AttentionContext, keep: int) -> Reduced:
