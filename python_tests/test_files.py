@@ -27,9 +27,14 @@ def test_a_file_and_what_belongs_to_it_take_their_places(tmp_path: Path) -> None
 def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "model.onnx"
     target.write_text("old")
-    with pytest.raises(OSError, match="disk full"), replacing(target) as file:
-        file.write_text("half")
-        raise OSError("disk full")
+
+    def fail() -> None:
+        with replacing(target) as file:
+            file.write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
