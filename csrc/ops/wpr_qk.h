@@ -13,7 +13,7 @@ namespace tokenprune {
 inline WprQkParams check_wpr_qk(Tensor& q, Tensor& k, double scale, std::optional<Tensor>& start,  // [N] or [B, H, N]
                                 int64_t max_iters, double tol) {
   const QkParams qk = check_qk(q, k, scale);
-  const WprParams wpr = check_iteration(qk.batch, qk.heads, qk.tokens, accumulate_dtype(q), start, max_iters, tol);
+  const WprParams wpr = check_iteration(q, start, max_iters, tol);
   if (start.has_value()) start = torch::stable::contiguous(*start);
   return {qk, wpr};
 }

@@ -92,22 +92,17 @@ def test_low_precision(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", BIASES)
-def test_restricted(kind):
+def test_page_rank_among_some(kind):
     """The attention among some tokens is that of all tokens with the others' columns left out."""
     ctx, logits = biased(kind)
     kept = torch.tensor([[2, 3, 5, 8], [4, 7, 9, 10]])
-    some = ctx.restricted(kept)
-    assert (some.num_prefix, some.num_patches, some.layer, some.depth) == (2, 4, 5, 12)
-    assert some.x.shape == (2, 6, CHANNELS)
-    for image in range(2):
-        tokens = [0, 1, *kept[image].tolist()]
-        assert torch.equal(some.x[image], ctx.x[image, tokens])
-        assert torch.equal(some.v[image], ctx.v[image][:, tokens])
-        assert torch.equal(some.size[image], ctx.size[image, tokens])
-        among = logits[image][:, tokens][:, :, tokens].softmax(-1)
-        torch.testing.assert_close(some.attention_received("mean", "all")[image, 2:], among.mean(0).sum(0)[2:])
-        torch.testing.assert_close(some.class_attention()[image], among[:, 0])
-        torch.testing.assert_close(some.page_rank(None, 1)[image], among.sum(1))
+    for images in ([0, 1], [1]):
+        parts = {name: getattr(ctx, name)[images] for name in ("x", "q", "k", "v", "size")}
+        bias = ctx.bias if ctx.bias is None or len(ctx.bias) == 1 else ctx.bias[images]
+        ranks = dataclasses.replace(ctx, **parts, bias=bias).page_rank(None, 1, among=kept[images])
+        for image, rank in zip(images, ranks, strict=True):
+            tokens = [0, 1, *kept[image].tolist()]
+            torch.testing.assert_close(rank, logits[image][:, tokens][:, :, tokens].softmax(-1).sum(1))
 
 
 def test_take_along_any_dimension():

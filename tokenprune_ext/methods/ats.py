@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tokenprune_ext import ops
 from tokenprune_ext.patch.context import AttentionContext, Reduced
@@ -51,8 +52,7 @@ class ATS(Method):
         sampled = self.sampled(ctx, keep)
         # The sampled tokens first; what is missing is filled up with others, which then are padding.
         x, kept = ops.topk_gather(ctx.x, sampled, keep, ctx.num_prefix)
-        prefix = sampled.new_ones((sampled.shape[0], ctx.num_prefix))
-        size = torch.cat([prefix, sampled.gather(1, kept)], 1)
+        size = pad(sampled.gather(1, kept), (ctx.num_prefix, 0), value=1.0)
         return Reduced(x, kept, size=size, bias=True, scores=lambda: self.scores(ctx))
 
     def sampled(self, ctx: AttentionContext, quantiles: int) -> Tensor:
@@ -61,7 +61,7 @@ class ATS(Method):
         places = torch.linspace(0.5 / quantiles, 1 - 0.5 / quantiles, quantiles, device=sums.device, dtype=sums.dtype)
         index = torch.searchsorted(sums, sums[:, -1:] * places)
         index = index.clamp(max=sums.shape[1] - 1) + ctx.num_prefix  # rounding may put the last place behind the sum
-        return torch.zeros(ctx.x.shape[:2], device=sums.device, dtype=sums.dtype).scatter(1, index, 1.0)
+        return sums.new_zeros(ctx.x.shape[:2]).scatter(1, index, 1.0)
 
     def scores(self, ctx: AttentionContext) -> Tensor:
         """Attention of the class token times length of the value vector, summed over the heads, ``[B, N]``."""

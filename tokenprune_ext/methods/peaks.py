@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -77,7 +77,7 @@ class Peaks(ScoredMethod):
         if self.reduction != "merge":
             return super().reduce(ctx, keep)
         score, kept, dropped, match = self._match(ctx, keep)
-        return replace(merge_into(ctx, kept, dropped, match, self.proportional), scores=lambda: score)
+        return merge_into(ctx, kept, dropped, match, self.proportional, lambda: score)
 
     def _match(self, ctx: AttentionContext, keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return ops.peaks_match(ctx.x.detach(), self.importance_scores(ctx), keep, ctx.num_prefix, self.exponent)
@@ -97,9 +97,9 @@ class Peaks(ScoredMethod):
 
     def importance_scores(self, ctx: AttentionContext) -> Tensor:
         """Importance ``[B, N]``, float32 (float64 for float64)."""
-        dtype = torch.promote_types(ctx.x.dtype, torch.float32)
         source = self._source(ctx.has_class_token)
         if source == "norm":
+            dtype = torch.promote_types(ctx.x.dtype, torch.float32)
             return torch.linalg.vector_norm(ctx.x.detach(), dim=-1, dtype=dtype)
         if source == "received" and not self.value_length:
             return ctx.attention_received("mean", "all")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,8 +54,7 @@ class ScoredMethod(Method):
         return 0
 
     def reduce(self, ctx: AttentionContext, keep: int) -> Reduced:
-        scores = self.scores(ctx)
-        return replace(reduce_tokens(ctx, scores, keep, self.reduction, self.proportional), scores=lambda: scores)
+        return reduce_tokens(ctx, self.scores(ctx), keep, self.reduction, self.proportional)
 
     def scoring_macs(self, cost: BlockCost, host: Host, layer: int, tokens: int, keep: int) -> int:
         merging = merging_macs(cost, tokens - host.num_prefix_tokens, keep) if self.reduction == "merge" else 0
@@ -70,19 +70,23 @@ class ScoredMethod(Method):
 
 def reduce_tokens(ctx: AttentionContext, scores: Tensor, keep: int, reduction: str, proportional: bool) -> Reduced:
     """Keep the tokens with the highest scores ``[B, N]``, and do with the others what ``reduction`` says."""
+
+    def ranked() -> Tensor:
+        return scores
+
     if reduction == "merge":
         kept, dropped = split(scores, keep, ctx.num_prefix)
         match = nearest_kept(ctx, kept).gather(1, dropped)
-        # A token with NaN has no partner and goes nowhere.
-        return merge_into(ctx, kept, dropped, torch.where(match < 0, dropped, match), proportional)
+        match = torch.where(match < 0, dropped, match)  # a token with NaN has no partner and goes nowhere
+        return merge_into(ctx, kept, dropped, match, proportional, ranked)
     if reduction == "drop":
-        return Reduced(*ops.topk_gather(ctx.x, scores, keep, ctx.num_prefix))
+        return Reduced(*ops.topk_gather(ctx.x, scores, keep, ctx.num_prefix), scores=ranked)
     if reduction == "weighted":
         x, kept = ops.topk_gather(ctx.x, scores, keep - 1, ctx.num_prefix)
         fused = _weights_of_others(scores, kept, ctx.num_prefix).to(x.dtype).unsqueeze(1) @ ctx.x[:, ctx.num_prefix :]
-        return Reduced(torch.cat([x, fused], 1), kept, fused=True)
+        return Reduced(torch.cat([x, fused], 1), kept, fused=True, scores=ranked)
     fuse = "mean" if reduction == "mean" else "weighted"
-    return Reduced(*ops.topk_gather(ctx.x, scores, keep - 1, ctx.num_prefix, fuse), fused=True)
+    return Reduced(*ops.topk_gather(ctx.x, scores, keep - 1, ctx.num_prefix, fuse), fused=True, scores=ranked)
 
 
 def _weights_of_others(scores: Tensor, kept: Tensor, num_prefix: int) -> Tensor:
@@ -107,10 +111,21 @@ def merging_macs(cost: BlockCost, patches: int, keep: int) -> int:
     return (patches - keep) * keep * cost.channels
 
 
-def merge_into(ctx: AttentionContext, kept: Tensor, dropped: Tensor, match: Tensor, proportional: bool) -> Reduced:
+def merge_into(
+    ctx: AttentionContext,
+    kept: Tensor,
+    dropped: Tensor,
+    match: Tensor,
+    proportional: bool,
+    scores: Callable[[], Tensor] | None = None,
+) -> Reduced:
     """Merge the tokens at ``dropped`` ``[B, R]`` into those at ``match`` ``[B, R]``; their own position is nowhere."""
     x, size = ops.merge_tokens(ctx.x, ctx.size, kept, dropped, match, ctx.num_prefix)
-    return Reduced(x, kept, size=size, into=lambda: positions(ctx).scatter(1, dropped, match), bias=proportional)
+
+    def into() -> Tensor:
+        return positions(ctx).scatter(1, dropped, match)
+
+    return Reduced(x, kept, size=size, into=into, bias=proportional, scores=scores)
 
 
 def positions(ctx: AttentionContext) -> Tensor:

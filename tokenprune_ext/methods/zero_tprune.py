@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -111,26 +111,27 @@ class ZeroTPrune(ScoredMethod):
             return super().reduce(ctx, keep)
         rough = self.scores(ctx, iters=1) if stages.needs_scores(self.partition) else None
         similar, match, rest = stages.similar_tokens(ctx, rough, removed, self.partition, self.feature, self.metric)
-        among = self.scores(ctx.restricted(rest))
-        best, worst = split(among, keep, ctx.num_prefix)
-        kept, lost = (rest.gather(1, part - ctx.num_prefix) for part in (best, worst))
+        among = self.scores(ctx, among=rest)
 
         def ranked() -> Tensor:  # what S removed has no score
             unranked = among.new_full(ctx.x.shape[:2], torch.nan)
             return unranked.scatter(1, rest, among[:, ctx.num_prefix :])
 
         if self.reduction == "drop":
-            return Reduced(ctx.take(ctx.x, kept), kept, scores=ranked)
+            lowest = among.new_full(ctx.x.shape[:2], -torch.inf).scatter(1, rest, among[:, ctx.num_prefix :])
+            return Reduced(*ops.topk_gather(ctx.x, lowest, keep, ctx.num_prefix), scores=ranked)
+        kept, lost = (rest.gather(1, part - ctx.num_prefix) for part in split(among, keep, ctx.num_prefix))
         dropped = torch.cat([similar, lost], 1).sort(1).values
         partner = positions(ctx).scatter(1, similar, match).gather(1, dropped)
         nearest = nearest_kept(ctx, kept).gather(1, partner)  # of a partner that was lost, with what went into it
         match = torch.where(nearest < 0, partner, nearest)
-        return replace(merge_into(ctx, kept, dropped, match, self.proportional), scores=ranked)
+        return merge_into(ctx, kept, dropped, match, self.proportional, ranked)
 
-    def scores(self, ctx: AttentionContext, iters: int | None = None) -> Tensor:
-        """Importance ``[B, N]``, float32 (float64 for float64)."""
+    def scores(self, ctx: AttentionContext, iters: int | None = None, among: Tensor | None = None) -> Tensor:
+        """Importance ``[B, N]``, float32 (float64 for float64); ``among`` as in ``AttentionContext.page_rank``."""
         iters = self.iterations(ctx.layer, ctx.depth) if iters is None else iters
-        ranks = ctx.page_rank(stages.start_scores(ctx, self.start), iters, self.tol, self.tau)
+        tokens = ctx.x.shape[1] if among is None else ctx.num_prefix + among.shape[1]
+        ranks = ctx.page_rank(stages.start_scores(ctx, self.start, tokens), iters, self.tol, self.tau, among)
         return ops.head_aggregate(ranks, self.vmin, self.vmax, ctx.num_prefix)
 
     def scoring_macs(self, cost: BlockCost, host: Host, layer: int, tokens: int, keep: int) -> int:

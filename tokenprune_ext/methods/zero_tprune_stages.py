@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tokenprune_ext import ops
 from tokenprune_ext.checks import check_int
@@ -31,13 +32,13 @@ def checked_iters(iters: object) -> tuple[int, ...]:
     return tuple(iters)
 
 
-def start_scores(ctx: AttentionContext, start: str) -> Tensor | None:
-    """The scores ``[N]`` that page rank begins with, the class token's sqrt(N) times the others'; None for ones."""
+def start_scores(ctx: AttentionContext, start: str, tokens: int) -> Tensor | None:
+    """The scores that page rank of ``tokens`` tokens begins with, the class token's the root of their number times the
+    others'; None for ones."""
     if start == "uniform" or not ctx.has_class_token:
         return None
-    tokens = ctx.x.shape[1]
-    is_class = torch.arange(tokens, device=ctx.x.device) == 0
-    return 1 + (tokens**0.5 - 1) * is_class.to(torch.promote_types(ctx.q.dtype, torch.float32))
+    dtype = torch.promote_types(ctx.q.dtype, torch.float32)
+    return pad(torch.ones(tokens - 1, dtype=dtype, device=ctx.x.device), (1, 0), value=tokens**0.5)
 
 
 def needs_scores(partition: str) -> bool:

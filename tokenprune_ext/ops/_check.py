@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,20 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def allow_tf32() -> bool:
-    """Whether torch lets products of float32 tensors round their factors to tf32 on a GPU."""
-    return bool(torch.backends.cuda.matmul.allow_tf32)
+def allow_tf32(value: object) -> bool:
+    """Whether torch lets products of this float32 tensor round their factors to tf32; never on the CPU."""
+    return not getattr(value, "is_cpu", True) and bool(torch.backends.cuda.matmul.allow_tf32)
+
+
+def widened(value: Any, of: object, integers: bool = False) -> Any:
+    """``value`` in the dtype that sums over ``of`` are formed in. What is not floating is left to the checks, unless
+    ``integers`` are as good; so is what is no tensor."""
+    if not (isinstance(value, Tensor) and isinstance(of, Tensor)):
+        return value
+    dtype = accumulate_dtype(of.dtype)
+    if value.dtype == dtype or not (integers or value.dtype in FLOAT_DTYPES):
+        return value
+    return value.to(dtype)
 
 
 def check_floating(name: str, value: object, shape: str) -> None:

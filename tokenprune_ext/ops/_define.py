@@ -27,7 +27,10 @@ def define(
     backward: Callable[..., Any],
     macs: Callable[[Mapping[str, Any]], int] | None = None,
 ) -> Callable[..., Any]:
-    """Register one operator and return it.
+    """Register one operator and return the call of it, which takes its arguments in order.
+
+    The kernels check their arguments. What they refuse is looked at again by ``fake``, for an error that names the
+    argument; nothing is checked twice where nothing is wrong, since on small inputs that takes as long as the kernel.
 
     Args:
         schema: the operator's schema, ``name(arguments) -> results``.
@@ -48,7 +51,25 @@ def define(
     packet = getattr(getattr(torch.ops, NAMESPACE), name)
     if macs is not None:
         _count_flops(packet, macs)
-    return packet.default
+    return _call(packet.default, fake)
+
+
+def _call(operator: Any, fake: Callable[..., Any]) -> Callable[..., Any]:
+    arguments = operator._schema.arguments
+    integers = [(place, arg.name) for place, arg in enumerate(arguments) if isinstance(arg.type, torch.IntType)]
+
+    def call(*args: Any) -> Any:
+        for place, name in integers:
+            if isinstance(args[place], bool):  # torch would take it for 0 or 1
+                raise TypeError(f"{name} must be an int, got {args[place]!r}")
+        try:
+            return operator(*args)
+        except Exception as error:
+            refused = error
+        fake(*args)
+        raise refused
+
+    return call
 
 
 def _count_flops(packet: Any, macs: Callable[[Mapping[str, Any]], int]) -> None:

@@ -54,9 +54,9 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def tf32_allowed(similarity: str) -> bool:
+def tf32_allowed(metric: Tensor, similarity: str) -> bool:
     """A distance is a small difference of products and norms: rounding the products alone would drown it."""
-    return similarity != "euclidean" and allow_tf32()
+    return similarity != "euclidean" and allow_tf32(metric)
 
 
 def all_pairs_macs(given: Mapping[str, Any]) -> int:

@@ -104,5 +104,4 @@ def attn_colsum(attn: Tensor, head_reduce: str = "mean", query_rows: str = "all"
 
     Source: POMT (WACV 2025), section 3 (``max`` over heads, ``patch`` rows); EViT (ICLR 2022), section 3 (``cls``).
     """
-    _check(attn, head_reduce, query_rows, num_prefix)
     return _op(attn, head_reduce, query_rows, num_prefix)

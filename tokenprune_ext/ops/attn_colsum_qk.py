@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenprune_ext.checks import check_choice, check_int
 
-from ._check import accumulate_dtype, allow_tf32
+from ._check import accumulate_dtype, allow_tf32, widened
 from ._define import define
 from ._heads import HEAD_REDUCE
 from ._qk import check_qk, probabilities, qk_gradients
@@ -133,8 +133,4 @@ def attn_colsum_qk(
 
     Source: POMT (WACV 2025), section 3 (``max`` over heads, ``patch`` rows); EViT (ICLR 2022), section 3 (``cls``).
     """
-    check_qk(q, k, scale)
-    if isinstance(lse, Tensor):
-        lse = lse.to(accumulate_dtype(q.dtype))
-    _check(q, k, scale, head_reduce, query_rows, num_prefix, lse)
-    return _op(q, k, scale, head_reduce, query_rows, num_prefix, lse, allow_tf32())
+    return _op(q, k, scale, head_reduce, query_rows, num_prefix, widened(lse, q), allow_tf32(q))

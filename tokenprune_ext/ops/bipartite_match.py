@@ -159,5 +159,4 @@ def bipartite_match(
 
     Source: ToMe (ICLR 2023), section 3 (``alternate``); Zero-TPrune (CVPR 2024), section 3.3 (the others).
     """
-    _check(metric, scores, r, num_prefix, partition, similarity)
-    return _op(metric, scores, r, num_prefix, partition, similarity, tf32_allowed(similarity))
+    return _op(metric, scores, r, num_prefix, partition, similarity, tf32_allowed(metric, similarity))

@@ -107,5 +107,4 @@ def class_attention(
 
     Source: EViT (ICLR 2022), section 3 (attention); ATS (ECCV 2022), section 3 (times the length of the value).
     """
-    _check(q, k, v, bias, scale, head_reduce)
     return _op(q, k, v, bias, scale, head_reduce)

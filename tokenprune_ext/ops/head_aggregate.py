@@ -93,5 +93,4 @@ def head_aggregate(scores: Tensor, vmin: float = 0.01, vmax: float = 0.7, num_pr
 
     Source: Zero-TPrune (CVPR 2024), section 3.2, emphasising informative region and variance-based head filter.
     """
-    _check(scores, vmin, vmax, num_prefix)
     return _op(scores, vmin, vmax, num_prefix)

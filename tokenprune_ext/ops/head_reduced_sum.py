@@ -75,5 +75,4 @@ def head_reduced_sum(features: Tensor, head_reduce: str = "mean") -> Tensor:
 
     Source: POMT (WACV 2025), section 3: the term of the value vectors, before its softmax over the tokens.
     """
-    _check(features, head_reduce)
     return _op(features, head_reduce)

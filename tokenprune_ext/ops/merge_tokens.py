@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from tokenprune_ext.checks import check_int
 
-from ._check import accumulate_dtype, check_floating
+from ._check import accumulate_dtype, check_floating, widened
 from ._define import define
 
 
@@ -209,9 +209,4 @@ def merge_tokens(
 
     Source: ToMe (ICLR 2023), section 3 (merging; tracking token size).
     """
-    check_floating("x", x, "[B, N, C]")
-    if size is not None:
-        check_floating("size", size, "[B, N]")
-        size = size.to(accumulate_dtype(x.dtype))
-    _check(x, size, kept, dropped, match, num_prefix)
-    return _op(x, size, kept, dropped, match, num_prefix)
+    return _op(x, widened(size, x), kept, dropped, match, num_prefix)

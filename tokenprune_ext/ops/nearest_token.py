@@ -130,5 +130,4 @@ def nearest_token(
 
     Source: ToMe (ICLR 2023), section 3; Zero-TPrune (CVPR 2024), section 3.3.
     """
-    _check(metric, rank, num_prefix, similarity)
-    return _op(metric, rank, num_prefix, similarity, tf32_allowed(similarity))
+    return _op(metric, rank, num_prefix, similarity, tf32_allowed(metric, similarity))

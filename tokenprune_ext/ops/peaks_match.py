@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenprune_ext.checks import check_int
 
-from ._check import accumulate_dtype, allow_tf32, check_floating
+from ._check import accumulate_dtype, allow_tf32, check_floating, widened
 from ._define import define
 from ._select import ranked, split
 from ._similarity import all_pairs_macs, check_metric
@@ -134,8 +134,4 @@ def peaks_match(metric: Tensor, importance: Tensor, keep: int, num_prefix: int =
 
     Source: this project, see ``methods.Peaks``.
     """
-    check_floating("metric", metric, "[B, N, D]")
-    check_floating("importance", importance, "[B, N]")
-    importance = importance.to(accumulate_dtype(metric.dtype))
-    _check(metric, importance, keep, num_prefix, exponent)
-    return _op(metric, importance, keep, num_prefix, exponent, allow_tf32())
+    return _op(metric, widened(importance, metric), keep, num_prefix, exponent, allow_tf32(metric))

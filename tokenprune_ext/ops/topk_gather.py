@@ -122,5 +122,4 @@ def topk_gather(x: Tensor, scores: Tensor, keep: int, num_prefix: int = 0, fuse:
 
     Source: EViT (ICLR 2022), section 3.2 (``weighted``); POMT (WACV 2025), section 3 (``mean``).
     """
-    _check(x, scores, keep, num_prefix, fuse)
     return _op(x, scores, keep, num_prefix, fuse)

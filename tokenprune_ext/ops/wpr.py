@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenprune_ext.checks import check_int
 
-from ._check import accumulate_dtype, check_attention
+from ._check import accumulate_dtype, check_attention, widened
 from ._define import define
 
 
@@ -133,8 +133,4 @@ def wpr(attn: Tensor, start: Tensor | None = None, max_iters: int = 30, tol: flo
 
     Source: Zero-TPrune (CVPR 2024), section 3.2, algorithm 1, on the mean-1 scale.
     """
-    check_attention(attn)
-    if isinstance(start, Tensor):
-        start = start.to(accumulate_dtype(attn.dtype))
-    _check(attn, start, max_iters, tol)
-    return _op(attn, start, max_iters, tol)
+    return _op(attn, widened(start, attn, integers=True), max_iters, tol)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._check import accumulate_dtype, allow_tf32
+from ._check import accumulate_dtype, allow_tf32, widened
 from ._define import define
 from ._qk import check_qk, probabilities, qk_gradients
 from .wpr import check_iteration, wpr_gradient
@@ -99,8 +99,4 @@ def wpr_qk(
 
     Source: Zero-TPrune (CVPR 2024), section 3.2, algorithm 1, on the mean-1 scale.
     """
-    check_qk(q, k, scale)
-    if isinstance(start, Tensor):
-        start = start.to(accumulate_dtype(q.dtype))
-    _check(q, k, scale, start, max_iters, tol)
-    return _op(q, k, scale, start, max_iters, tol, allow_tf32())
+    return _op(q, k, scale, widened(start, q, integers=True), max_iters, tol, allow_tf32(q))

@@ -119,19 +119,21 @@ def _run(plan: BlockPlan, block: nn.Module, state: TokenState, keep: int, call: 
 
 def _reduce(plan: BlockPlan, state: TokenState, projected: Projected, keep: int) -> TokenState:
     host = plan.host
-    bias = _sum(projected.bias, state.bias)
+    q, k, v, bias = projected.q, projected.k, projected.v, _sum(projected.bias, state.bias)
+    if not torch.is_inference_mode_enabled():  # there, nothing has a gradient anyway
+        q, k, v, bias = q.detach(), k.detach(), v.detach(), None if bias is None else bias.detach()
     context = AttentionContext(
         x=state.x,
-        q=projected.q.detach(),
-        k=projected.k.detach(),
-        v=projected.v.detach(),
+        q=q,
+        k=k,
+        v=v,
         scale=projected.scale,
         num_prefix=host.num_prefix_tokens,
         has_class_token=host.has_class_token,
         layer=plan.layer,
         depth=host.depth,
         size=state.size,
-        bias=None if bias is None else bias.detach(),
+        bias=bias,
     )
     with _named(plan, context.num_patches, keep):
         reduced = plan.method.reduce(context, keep)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -77,71 +77,84 @@ class AttentionContext:
         """
         if not self.has_class_token:
             raise ValueError("attention_given needs a class token, and this model has none")
-        bias = None if self.bias is None else self.bias[:, :, :1].to(self.q.dtype)
-        v = self.v.to(self.q.dtype) if value_length else None  # under autocast, rotary queries alone are float32
+        dtype, bias = self.q.dtype, self.bias
+        if bias is not None:
+            bias = _of_dtype(bias[:, :, :1] if bias.shape[2] > 1 else bias, dtype)
+        v = _of_dtype(self.v, dtype) if value_length else None  # under autocast, rotary queries alone are float32
         return ops.class_attention(self.q, self.k, self.scale, v, bias, head_reduce)
 
     def attention_received(self, head_reduce: str, query_rows: str) -> Tensor:
         """Attention every token gets, ``[B, N]``; see ``ops.attn_colsum`` for the arguments."""
-        if self._dense_bias:
-            return ops.attn_colsum(self._attention(1.0), head_reduce, query_rows, self.num_prefix)
-        q, k = self._biased_qk()
+        if _is_dense(self.bias):
+            attn = _attention(self.q, self.k, self.bias, self.scale, 1.0)
+            return ops.attn_colsum(attn, head_reduce, query_rows, self.num_prefix)
+        q, k = _biased(self.q, self.k, self.bias, self.scale)
         return ops.attn_colsum_qk(q, k, self.scale, head_reduce, query_rows, self.num_prefix)
 
-    def page_rank(self, start: Tensor | None, iters: int, tol: float = 0.0, tau: float = 1.0) -> Tensor:
-        """Weighted page rank of every head, ``[B, H, N]``, on the attention at temperature ``tau``; see ``ops.wpr``."""
-        if self._dense_bias:
-            return ops.wpr(self._attention(tau), start, iters, tol)
-        q, k = self._biased_qk()
+    def page_rank(
+        self, start: Tensor | None, iters: int, tol: float = 0.0, tau: float = 1.0, among: Tensor | None = None
+    ) -> Tensor:
+        """Weighted page rank of every head, ``[B, H, N]``, on the attention at temperature ``tau``; see ``ops.wpr``.
+
+        With ``among`` ``[B, K]``, as if there were the prefix tokens and the patch tokens there alone; ascending. Then
+        N is their number.
+        """
+        q, k, bias = self.q, self.k, self.bias
+        if among is not None:
+            places = self._places(among)
+            q, k = (_take_places(part, places, 2) for part in (q, k))
+            bias = None if bias is None else _take_places(bias, places, 3)
+            bias = _take_places(bias, places, 2) if bias is not None and _is_dense(bias) else bias
+        if _is_dense(bias):
+            return ops.wpr(_attention(q, k, bias, self.scale, tau), start, iters, tol)
+        q, k = _biased(q, k, bias, self.scale)
         return ops.wpr_qk(q, k, self.scale / tau, start, iters, tol)
 
     def take(self, tensor: Tensor, kept: Tensor, dim: int = 1) -> Tensor:
         """The prefix tokens and the patch tokens at ``kept`` ``[B, K]``, of a tensor whose ``dim`` is the tokens."""
         return _take_places(tensor, self._places(kept), dim)
 
-    def restricted(self, kept: Tensor) -> AttentionContext:
-        """The prefix tokens and the patch tokens at ``kept`` ``[B, K]`` alone, as if there were no others."""
-        places = self._places(kept)
-        size = None if self.size is None else _take_places(self.size, places, 1)
-        q, k, v = (_take_places(part, places, 2) for part in (self.q, self.k, self.v))
-        bias = self.bias
-        if bias is not None:
-            bias = _take_places(bias, places, 3)
-            bias = _take_places(bias, places, 2) if bias.shape[2] > 1 else bias
-        return dataclasses.replace(self, x=_take_places(self.x, places, 1), q=q, k=k, v=v, size=size, bias=bias)
-
     def _places(self, kept: Tensor) -> Tensor:
         """The prefix tokens and those at ``kept``, counted through the tokens of all images."""
         batch, tokens = kept.shape[0], self.x.shape[1]
         prefix = torch.arange(self.num_prefix, device=kept.device).expand(batch, -1)
-        return torch.cat([prefix, kept], 1) + torch.arange(batch, device=kept.device).unsqueeze(1) * tokens
+        places = torch.cat([prefix, kept], 1)
+        return places if batch == 1 else places + torch.arange(batch, device=kept.device).unsqueeze(1) * tokens
 
-    @property
-    def _dense_bias(self) -> bool:
-        return self.bias is not None and self.bias.shape[2] > 1
 
-    def _attention(self, tau: float) -> Tensor:
-        """The attention matrix ``[B, H, N, N]``, of models whose bias is such a matrix already."""
-        assert self.bias is not None
-        logits = (self.q * self.scale) @ self.k.transpose(-2, -1) + self.bias
-        return (logits / tau).softmax(-1)
+def _is_dense(bias: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether the bias is a matrix, not a row that all queries share."""
+    return bias is not None and bias.shape[2] > 1
 
-    def _biased_qk(self) -> tuple[Tensor, Tensor]:
-        """Queries and keys whose product holds the bias of the keys: one more channel, 1 times bias / scale."""
-        if self.bias is None:
-            return self.q, self.k
-        # Padding has a bias of minus infinity; times the zeros beside it, that would be NaN.
-        least = torch.finfo(self.k.dtype).min / 4 * self.scale
-        column = (self.bias.clamp_min(least) / self.scale).transpose(2, 3).to(self.k.dtype)
-        extra = 8 - self.q.shape[-1] % 8
-        k = torch.cat([self.k, column.expand(-1, self.k.shape[1], -1, -1)], -1)
-        return pad(pad(self.q, (0, 1), value=1.0), (0, extra - 1)), pad(k, (0, extra - 1))
+
+def _of_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _attention(q: Tensor, k: Tensor, bias: Tensor, scale: float, tau: float) -> Tensor:
+    """The attention matrix ``[B, H, N, N]``, of models whose bias is such a matrix already."""
+    logits = (q * scale) @ k.transpose(-2, -1) + bias
+    return (logits / tau).softmax(-1)
+
+
+def _biased(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose product holds the bias of the keys: one more channel, 1 times bias / scale."""
+    if bias is None:
+        return q, k
+    # Padding has a bias of minus infinity; times the zeros beside it, that would be NaN.
+    least = torch.finfo(k.dtype).min / 4 * scale
+    column = (bias.clamp_min(least) / scale).transpose(2, 3).to(k.dtype)
+    extra = 8 - q.shape[-1] % 8
+    k = torch.cat([k, column.expand(-1, k.shape[1], -1, -1)], -1)
+    return pad(pad(q, (0, 1), value=1.0), (0, extra - 1)), pad(k, (0, extra - 1))
 
 
 def _take_places(tensor: Tensor, places: Tensor, dim: int) -> Tensor:
     """Whole rows of all images at once: a gather along ``dim`` would look up every number on its own."""
-    rows = tensor.expand(places.shape[0], *tensor.shape[1:]).movedim(dim, 1).flatten(0, 1)
-    return rows.index_select(0, places.flatten()).unflatten(0, places.shape).movedim(1, dim)
+    batch, count = places.shape
+    rows = (tensor if tensor.shape[0] == batch else tensor.expand(batch, *tensor.shape[1:])).transpose(1, dim)
+    taken = rows.flatten(0, 1).index_select(0, places.flatten())
+    return taken.view(batch, count, *taken.shape[1:]).transpose(1, dim)
 
 
 @dataclass(frozen=True, eq=False)

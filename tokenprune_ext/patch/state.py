@@ -39,4 +39,5 @@ class TokenState(NamedTuple):
 
 def log_size(size: Tensor, dtype: torch.dtype) -> Tensor:
     """``[B, N]`` -> ``[B, 1, 1, N]``: added to the logits, a key counts as often as the patches it stands for."""
-    return size.log().to(dtype)[:, None, None, :]
+    bias = size.log()
+    return (bias if bias.dtype == dtype else bias.to(dtype)).view(size.shape[0], 1, 1, size.shape[1])
