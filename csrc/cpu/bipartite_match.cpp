@@ -14,58 +14,46 @@
 namespace tokenprune {
 namespace {
 
-// The group of every patch token, 0 for B and 1 for A: as ranks they leave A the tokens of B.
+// The patch tokens of one image, group B first: those are the candidates of group A.
 template <typename value_t>
-void find_groups(const BipartiteMatchParams& params,
-                 const value_t* scores,  // [tokens]; unused by kAlternate
-                 int32_t* order,         // [patches]
-                 int64_t* group) {       // [tokens]
+void order_groups(const BipartiteMatchParams& params,
+                  const value_t* scores,  // [tokens]; unused by kAlternate
+                  int32_t* tokens,        // [patches]
+                  int32_t* columns) {     // [patches]
   const int64_t n = params.nearest.patches();
+  const int64_t group_b = n - params.group_a();
   if (params.partition == Partition::kAlternate) {
-    for (int64_t i = 0; i < n; ++i) group[params.nearest.num_prefix + i] = 1 - i % 2;
-    return;
+    for (int64_t i = 0; i < n; ++i) {
+      tokens[i % 2 ? i / 2 : group_b + i / 2] = static_cast<int32_t>(params.nearest.num_prefix + i);
+    }
+  } else {
+    select(params.best(params.important()), scores, tokens);
+    if (params.important_group() == 1) std::rotate(tokens, tokens + params.important(), tokens + n);
   }
-  select(params.best(params.important()), scores, order);
-  for (int64_t i = 0; i < n; ++i) {
-    group[order[i]] = i < params.important() ? params.important_group() : 1 - params.important_group();
-  }
-}
-
-Tensor group_all(const BipartiteMatchParams& params, const Tensor& metric, const std::optional<Tensor>& scores) {
-  const int64_t tokens = params.nearest.tokens;
-  Tensor group = torch::stable::new_empty(metric, {params.nearest.batch, tokens}, ScalarType::Long);
-  const Tensor values = scores.has_value() ? torch::stable::contiguous(*scores) : metric;
-  TOKENPRUNE_DISPATCH(values.scalar_type(), "bipartite_match", [&] {
-    const auto* s = vector_ptr<scalar_t>(values);
-    torch::stable::parallel_for(0, params.nearest.batch, 1, [&](int64_t begin, int64_t end) {
-      std::vector<int32_t> order(params.nearest.patches());
-      for (int64_t b = begin; b < end; ++b) {
-        find_groups(params, s + b * tokens, order.data(), data_ptr<int64_t>(group) + b * tokens);
-      }
-    });
-  });
-  return group;
+  std::fill_n(columns, group_b, 0);
+  std::fill(columns + group_b, columns + n, static_cast<int32_t>(group_b));
 }
 
 // The most similar pairs of one image.
 template <typename acc_t>
-void choose_pairs(const BipartiteMatchParams& params,
-                  const int64_t* group,       // [tokens]
-                  const int64_t* partner,     // [tokens], -1: none
-                  const acc_t* similarity,    // [tokens]
-                  std::vector<acc_t>& score,  // [tokens]
-                  std::vector<int32_t>& order, int64_t* dropped, int64_t* match, int64_t* kept) {
+void choose_pairs(const BipartiteMatchParams& params, const Found& found, int64_t* dropped, int64_t* match,
+                  int64_t* kept) {
   using Limits = std::numeric_limits<acc_t>;
-  const int64_t first = params.nearest.num_prefix;
-  for (int64_t i = first; i < params.nearest.tokens; ++i) {
-    score[i] = group[i] == 0 ? Limits::quiet_NaN() : partner[i] < 0 ? -Limits::infinity() : similarity[i];
+  const auto* similarity = static_cast<const acc_t*>(found.similarity);
+  const int64_t n = params.nearest.patches();
+  const int64_t group_b = n - params.group_a();
+  std::vector<acc_t> score(params.nearest.tokens);
+  std::vector<int32_t> order(n);
+  for (int64_t place = 0; place < n; ++place) {
+    const int32_t i = found.tokens[place];
+    score[i] = place < group_b ? Limits::quiet_NaN() : found.candidate[i] < 0 ? -Limits::infinity() : similarity[i];
   }
   select(params.best(params.pairs), score.data(), order.data());
   std::copy_n(order.begin(), params.pairs, dropped);
   std::copy(order.begin() + params.pairs, order.end(), kept);
   for (int64_t i = 0; i < params.pairs; ++i) {
-    match[i] = partner[dropped[i]];
-    if (match[i] < 0) match[i] = std::find(group + first, group + params.nearest.tokens, 0) - group;
+    match[i] = found.candidate[dropped[i]];
+    if (match[i] < 0) match[i] = *std::min_element(found.tokens, found.tokens + group_b);
   }
 }
 
@@ -74,31 +62,26 @@ std::tuple<Tensor, Tensor, Tensor> bipartite_match_cpu(Tensor metric, std::optio
                                                        std::string similarity_name, bool) {
   const BipartiteMatchParams params = check_bipartite_match(metric, scores, r, num_prefix, partition, similarity_name);
   const int64_t batch = params.nearest.batch;
-  const int64_t tokens = params.nearest.tokens;
-  metric = torch::stable::contiguous(metric);
-  const Tensor group = group_all(params, metric, scores);
-  const auto [similarity, partner] = nearest_cpu(params.nearest, metric, group);
-  Tensor dropped = torch::stable::new_empty(metric, {batch, r}, ScalarType::Long);
-  Tensor match = torch::stable::new_empty(metric, {batch, r}, ScalarType::Long);
-  Tensor kept = torch::stable::new_empty(metric, {batch, params.kept()}, ScalarType::Long);
-  const int64_t* groups = data_ptr<int64_t>(group);
-  const int64_t* partners = data_ptr<int64_t>(partner);
-  const auto choose = [&](const auto* similarities) {
-    torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-      std::vector<std::decay_t<decltype(*similarities)>> score(tokens);
-      std::vector<int32_t> order(params.nearest.patches());
-      for (int64_t b = begin; b < end; ++b) {
-        choose_pairs(params, groups + b * tokens, partners + b * tokens, similarities + b * tokens, score, order,
-                     data_ptr<int64_t>(dropped) + b * r, data_ptr<int64_t>(match) + b * r,
-                     data_ptr<int64_t>(kept) + b * params.kept());
-      }
-    });
+  metric = as_contiguous(metric);
+  const Tensor values = scores.has_value() ? as_contiguous(*scores) : metric;
+  Tensor dropped = allocate(metric, {batch, r}, ScalarType::Long);
+  Tensor match = allocate(metric, {batch, r}, ScalarType::Long);
+  Tensor kept = allocate(metric, {batch, params.kept()}, ScalarType::Long);
+  int64_t* drops = data_ptr<int64_t>(dropped);
+  int64_t* matches = data_ptr<int64_t>(match);
+  int64_t* keeps = data_ptr<int64_t>(kept);
+  const bool wide = accumulate_dtype(metric) == ScalarType::Double;
+  const Finish finish = [&](int64_t image, const Found& found) {
+    const auto choose = wide ? choose_pairs<double> : choose_pairs<float>;
+    choose(params, found, drops + image * r, matches + image * r, keeps + image * params.kept());
   };
-  if (similarity.scalar_type() == ScalarType::Double) {
-    choose(data_ptr<const double>(similarity));
-  } else {
-    choose(data_ptr<const float>(similarity));
-  }
+  TOKENPRUNE_DISPATCH(values.scalar_type(), "bipartite_match", [&] {
+    const auto* s = vector_ptr<scalar_t>(values);
+    const Order order = [&](int64_t image, int32_t* tokens, int32_t* columns) {
+      order_groups(params, s + image * params.nearest.tokens, tokens, columns);
+    };
+    search_nearest(params.nearest, metric, order, false, finish);
+  });
   return {dropped, match, kept};
 }
 

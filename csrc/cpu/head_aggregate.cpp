@@ -51,8 +51,8 @@ void aggregate(const HeadAggregateParams& params,
 
 Tensor head_aggregate_cpu(Tensor scores, double vmin, double vmax, int64_t num_prefix) {
   const HeadAggregateParams params = check_head_aggregate(scores, vmin, vmax, num_prefix);
-  scores = torch::stable::contiguous(scores);
-  Tensor out = torch::stable::new_empty(scores, {params.batch, params.tokens}, accumulate_dtype(scores));
+  scores = as_contiguous(scores);
+  Tensor out = allocate(scores, {params.batch, params.tokens}, accumulate_dtype(scores));
   TOKENPRUNE_DISPATCH(scores.scalar_type(), "head_aggregate", [&] {
     using acc_t = accumulate_t<scalar_t>;
     const auto* s = vector_ptr<scalar_t>(scores);

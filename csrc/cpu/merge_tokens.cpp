@@ -1,6 +1,7 @@
 #include "../ops/merge_tokens.h"
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <tuple>
 
@@ -90,42 +91,49 @@ accumulate_t<scalar_t> merge(const Image<scalar_t>& image, int64_t token, int64_
 std::tuple<Tensor, Tensor> merge_tokens_cpu(Tensor x, std::optional<Tensor> size, Tensor kept, Tensor dropped,
                                             Tensor match, int64_t num_prefix) {
   const MergeTokensParams params = check_merge_tokens(x, size, kept, dropped, match, num_prefix);
-  x = torch::stable::contiguous(x);
-  if (size.has_value()) size = torch::stable::contiguous(*size);
-  kept = torch::stable::contiguous(kept);
-  dropped = torch::stable::contiguous(dropped);
-  match = torch::stable::contiguous(match);
-  check_kept(params, data_ptr<int64_t>(kept));
-  check_inside(params, "dropped", data_ptr<int64_t>(dropped));
-  check_inside(params, "match", data_ptr<int64_t>(match));
-  Tensor links = torch::stable::new_empty(x, {params.batch, params.tokens + params.dropped}, ScalarType::Int);
+  x = as_contiguous(x);
+  if (size.has_value()) size = as_contiguous(*size);
+  kept = as_contiguous(kept);
+  dropped = as_contiguous(dropped);
+  match = as_contiguous(match);
+  const int64_t* keeps = data_ptr<const int64_t>(kept);
+  const int64_t* drops = data_ptr<const int64_t>(dropped);
+  const int64_t* matches = data_ptr<const int64_t>(match);
+  check_kept(params, keeps);
+  check_inside(params, "dropped", drops);
+  check_inside(params, "match", matches);
+  const int64_t links_of_image = params.tokens + params.dropped;
+  const std::unique_ptr<int32_t[]> links(new int32_t[params.batch * links_of_image]);
   const auto lists_of = [&](int64_t b) {
-    int32_t* first = data_ptr<int32_t>(links) + b * (params.tokens + params.dropped);
+    int32_t* first = links.get() + b * links_of_image;
     return Lists{first, first + params.tokens};
   };
-  torch::stable::parallel_for(0, params.batch, std::max<int64_t>(1, kGrain / (params.tokens + params.dropped)),
+  torch::stable::parallel_for(0, params.batch, std::max<int64_t>(1, kGrain / links_of_image),
                               [&](int64_t begin, int64_t end) {
-                                for (int64_t b = begin; b < end; ++b) {
-                                  lists_of(b).build(params, data_ptr<int64_t>(match) + b * params.dropped);
-                                }
+                                for (int64_t b = begin; b < end; ++b)
+                                  lists_of(b).build(params, matches + b * params.dropped);
                               });
-  Tensor tokens = torch::stable::new_empty(x, {params.batch, params.tokens_out(), params.channels});
-  Tensor sizes = torch::stable::new_empty(x, {params.batch, params.tokens_out()}, accumulate_dtype(x));
+  Tensor tokens = allocate(x, {params.batch, params.tokens_out(), params.channels}, x.scalar_type());
+  Tensor sizes = allocate(x, {params.batch, params.tokens_out()}, accumulate_dtype(x));
   TOKENPRUNE_DISPATCH(x.scalar_type(), "merge_tokens", [&] {
     using acc_t = accumulate_t<scalar_t>;
     const int64_t rows = params.tokens_out();
+    const scalar_t* values = data_ptr<const scalar_t>(x);
+    const acc_t* given_sizes = size.has_value() ? data_ptr<const acc_t>(*size) : nullptr;
+    scalar_t* results = data_ptr<scalar_t>(tokens);
+    acc_t* result_sizes = data_ptr<acc_t>(sizes);
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, params.channels));
     torch::stable::parallel_for(0, params.batch * rows, grain, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t b = row / rows;
         const int64_t place = row % rows;
-        const Image<scalar_t> image{data_ptr<scalar_t>(x) + b * params.tokens * params.channels,
-                                    size.has_value() ? data_ptr<acc_t>(*size) + b * params.tokens : nullptr,
-                                    data_ptr<int64_t>(dropped) + b * params.dropped, lists_of(b)};
+        const Image<scalar_t> image{values + b * params.tokens * params.channels,
+                                    given_sizes ? given_sizes + b * params.tokens : nullptr, drops + b * params.dropped,
+                                    lists_of(b)};
         const bool prefix = place < params.num_prefix;
-        const int64_t token = prefix ? place : data_ptr<int64_t>(kept)[b * params.keep + place - params.num_prefix];
-        scalar_t* out = data_ptr<scalar_t>(tokens) + row * params.channels;
-        acc_t& total = data_ptr<acc_t>(sizes)[row];
+        const int64_t token = prefix ? place : keeps[b * params.keep + place - params.num_prefix];
+        scalar_t* out = results + row * params.channels;
+        acc_t& total = result_sizes[row];
         if (prefix || image.lists.first[token] < 0) {
           std::copy_n(image.x + token * params.channels, params.channels, out);
           total = image.size_of(token);

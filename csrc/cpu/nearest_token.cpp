@@ -1,10 +1,11 @@
-// The patch tokens of an image are sorted by rank: the candidates of a token are then the first so many columns, and
+// The patch tokens of an image are put in an order in which the candidates of a token are the first so many columns;
 // what lies behind them is not even multiplied. With two groups that is a quarter of all products, with distinct ranks
 // half of them.
 #include "nearest_token.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -23,7 +24,7 @@ constexpr int64_t kRows = 16;     // rows a task owns
 constexpr int64_t kTogether = 4;  // of them, those with as many columns as the last
 constexpr int64_t kLanes = kBestLanes;
 
-// The patch tokens of one image, sorted by rank. A place is a position in that order.
+// The patch tokens of one image in their order. A place is a position in it.
 template <typename acc_t>
 struct Sorted {
   explicit Sorted(const NearestTokenParams& params)
@@ -35,22 +36,10 @@ struct Sorted {
 
   int64_t stride;                   // places, padded to whole panels
   std::vector<int32_t> tokens;      // [stride]: the token of every place
-  std::vector<int32_t> columns;     // [patches]: how many places have a lower rank
+  std::vector<int32_t> columns;     // [patches]: how many of the first places are its candidates
   std::vector<acc_t> offsets;       // [patches]: what is added to the products of a place
   std::unique_ptr<acc_t[]> panels;  // [stride / width, channels, width]: the tokens, divided by what goes with them
 };
-
-template <typename acc_t>
-void sort_image(const NearestTokenParams& params, const int64_t* rank, Sorted<acc_t>& sorted) {
-  const int64_t n = params.patches();
-  int32_t* tokens = sorted.tokens.data();
-  std::iota(tokens, tokens + n, static_cast<int32_t>(params.num_prefix));
-  std::stable_sort(tokens, tokens + n, [rank](int32_t i, int32_t j) { return rank[i] < rank[j]; });
-  for (int64_t place = 0; place < n; ++place) {
-    const bool same = place > 0 && rank[tokens[place]] == rank[tokens[place - 1]];
-    sorted.columns[place] = same ? sorted.columns[place - 1] : static_cast<int32_t>(place);
-  }
-}
 
 // row = x, divided by what goes with the similarity; returns what is added to its products.
 template <typename value_t, typename acc_t>
@@ -72,7 +61,8 @@ TOKENPRUNE_MULTIVERSION acc_t normalize(Similarity similarity, const value_t* __
   for (int64_t l = 0; l < kLanes; ++l) sum += squares[l];
   const acc_t term = token_term(similarity, sum, std::sqrt(sum));
   if (similarity == Similarity::kEuclidean) return term;
-  for (c = 0; c < d; ++c) row[c] /= term;
+  const acc_t factor = 1 / term;
+  for (c = 0; c < d; ++c) row[c] *= factor;
   return 0;
 }
 
@@ -80,6 +70,11 @@ template <typename acc_t>
 TOKENPRUNE_MULTIVERSION void add_offsets(acc_t own, const acc_t* __restrict__ offsets, int64_t count,
                                          acc_t* __restrict__ similarity) {
   for (int64_t c = 0; c < count; ++c) similarity[c] += own + offsets[c];
+}
+
+template <typename value_t>
+[[gnu::always_inline]] inline void prefetch_row(const value_t* row, int64_t d) {
+  for (int64_t c = 0; c < d; c += 64 / static_cast<int64_t>(sizeof(value_t))) __builtin_prefetch(row + c);
 }
 
 // The tokens of all places, ready to be multiplied, in panels.
@@ -94,6 +89,7 @@ void pack_rows(const NearestTokenParams& params, const value_t* x, Sorted<acc_t>
       const int64_t count = std::min(kWidth, n - first);
       for (int64_t i = 0; i < count; ++i) {
         const value_t* token = x + sorted.tokens[first + i] * d;
+        if (i + 1 < count) prefetch_row(x + sorted.tokens[first + i + 1] * d, d);
         sorted.offsets[first + i] = normalize(params.similarity, token, d, rows.get() + i * d);
       }
       pack_columns(rows.get(), d, count, d, sorted.panels.get() + first * d);
@@ -138,23 +134,23 @@ void match_places(const NearestTokenParams& params, const Sorted<acc_t>& sorted,
 }
 
 template <typename scalar_t>
-void match_all(const NearestTokenParams& params, const Tensor& metric, const Tensor& rank, const Follow* follow,
-               accumulate_t<scalar_t>* similarity, int64_t* index) {
+void search_all(const NearestTokenParams& params, const Tensor& metric, const Order& order, bool keep_rows,
+                const Finish& finish) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t n = params.patches();
+  const auto* x = vector_ptr<scalar_t>(metric);
   const auto match_images = [&](int64_t begin, int64_t end) {
     Sorted<acc_t> sorted(params);
-    const std::unique_ptr<acc_t[]> products(follow ? new acc_t[n * sorted.stride] : nullptr);
+    const std::unique_ptr<acc_t[]> rows(keep_rows ? new acc_t[n * sorted.stride] : nullptr);
+    std::vector<acc_t> similarity(params.tokens, acc_t(-1));
+    std::vector<int64_t> candidate(params.tokens, -1);
     for (int64_t b = begin; b < end; ++b) {
-      acc_t* best = similarity + b * params.tokens;
-      int64_t* chosen = index + b * params.tokens;
-      std::fill_n(best, params.num_prefix, acc_t(-1));
-      std::fill_n(chosen, params.num_prefix, int64_t(-1));
-      if (n == 0) continue;
-      sort_image(params, data_ptr<int64_t>(rank) + b * params.tokens, sorted);
-      pack_rows(params, vector_ptr<scalar_t>(metric) + b * params.tokens * params.channels, sorted);
-      match_places(params, sorted, products.get(), best, chosen);
-      if (follow) (*follow)(b, {products.get(), sorted.stride, sorted.tokens.data(), best});
+      if (n > 0) {
+        order(b, sorted.tokens.data(), sorted.columns.data());
+        pack_rows(params, x + b * params.tokens * params.channels, sorted);
+        match_places(params, sorted, rows.get(), similarity.data(), candidate.data());
+      }
+      finish(b, {sorted.tokens.data(), rows.get(), sorted.stride, similarity.data(), candidate.data()});
     }
   };
   // A thread an image where that keeps all busy, since an image fits its cache; else all threads on each image in turn.
@@ -166,23 +162,44 @@ void match_all(const NearestTokenParams& params, const Tensor& metric, const Ten
   }
 }
 
-std::tuple<Tensor, Tensor> nearest_token_cpu(Tensor metric, Tensor rank, int64_t num_prefix, std::string similarity,
-                                             bool) {
-  const NearestTokenParams params = check_nearest_token(metric, rank, num_prefix, similarity);
-  return nearest_cpu(params, torch::stable::contiguous(metric), torch::stable::contiguous(rank));
+// Sorted by rank; the candidates are the places of lower rank.
+void sort_by_rank(const NearestTokenParams& params, const int64_t* rank, int32_t* tokens, int32_t* columns) {
+  const int64_t n = params.patches();
+  std::iota(tokens, tokens + n, static_cast<int32_t>(params.num_prefix));
+  std::stable_sort(tokens, tokens + n, [rank](int32_t i, int32_t j) { return rank[i] < rank[j]; });
+  for (int64_t place = 0; place < n; ++place) {
+    const bool same = place > 0 && rank[tokens[place]] == rank[tokens[place - 1]];
+    columns[place] = same ? columns[place - 1] : static_cast<int32_t>(place);
+  }
+}
+
+std::tuple<Tensor, Tensor> nearest_token_cpu(Tensor metric, Tensor rank, int64_t num_prefix, std::string name, bool) {
+  const NearestTokenParams params = check_nearest_token(metric, rank, num_prefix, name);
+  metric = as_contiguous(metric);
+  rank = as_contiguous(rank);
+  Tensor similarity = allocate(metric, {params.batch, params.tokens}, accumulate_dtype(metric));
+  Tensor index = allocate(metric, {params.batch, params.tokens}, ScalarType::Long);
+  const int64_t* ranks = data_ptr<const int64_t>(rank);
+  int64_t* chosen = data_ptr<int64_t>(index);
+  auto* best = static_cast<char*>(similarity.data_ptr());
+  const int64_t bytes = params.tokens * (accumulate_dtype(metric) == ScalarType::Double ? 8 : 4);
+  const auto order = [&](int64_t image, int32_t* tokens, int32_t* columns) {
+    sort_by_rank(params, ranks + image * params.tokens, tokens, columns);
+  };
+  const auto finish = [&](int64_t image, const Found& found) {
+    std::memcpy(best + image * bytes, found.similarity, bytes);
+    std::copy_n(found.candidate, params.tokens, chosen + image * params.tokens);
+  };
+  search_nearest(params, metric, order, false, finish);
+  return {similarity, index};
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> nearest_cpu(const NearestTokenParams& params, const Tensor& metric, const Tensor& rank,
-                                       const Follow* follow) {
-  Tensor similarity = torch::stable::new_empty(metric, {params.batch, params.tokens}, accumulate_dtype(metric));
-  Tensor index = torch::stable::new_empty(metric, {params.batch, params.tokens}, ScalarType::Long);
-  TOKENPRUNE_DISPATCH(metric.scalar_type(), "nearest_token", [&] {
-    match_all<scalar_t>(params, metric, rank, follow, data_ptr<accumulate_t<scalar_t>>(similarity),
-                        data_ptr<int64_t>(index));
-  });
-  return {similarity, index};
+void search_nearest(const NearestTokenParams& params, const Tensor& metric, const Order& order, bool keep_rows,
+                    const Finish& finish) {
+  TOKENPRUNE_DISPATCH(metric.scalar_type(), "nearest_token",
+                      [&] { search_all<scalar_t>(params, metric, order, keep_rows, finish); });
 }
 
 }  // namespace tokenprune

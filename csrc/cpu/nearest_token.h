@@ -1,29 +1,32 @@
-// What `bipartite_match` and `peaks_match` take from `nearest_token`.
+// The search that `nearest_token`, `bipartite_match` and `peaks_match` have in common.
 #pragma once
 
 #include <functional>
-#include <tuple>
 
 #include "../ops/nearest_token_params.h"
 #include "../stable.h"
 
 namespace tokenprune {
 
-// The similarities of one image's patch tokens, sorted by rank: row i begins with those to the places of lower rank.
-struct Similarities {
-  const void* rows;  // [patches, stride], in the dtype of sums
-  int64_t stride;
-  const int32_t* tokens;  // [stride]: the token of every place
-  const void* largest;    // [tokens]: the result of every token
+// The order in which an image's patch tokens are compared: the token of every place in it, and how many of the first
+// places hold candidates of that token, which become no fewer from place to place; [patches] each.
+using Order = std::function<void(int64_t image, int32_t* tokens, int32_t* columns)>;
+
+// What the search found for one image.
+struct Found {
+  const int32_t* tokens;     // [patches]: the token of every place
+  const void* rows;          // [patches, stride]: similarities of every place, to its candidates; null if not kept
+  int64_t stride;            // of the rows
+  const void* similarity;    // [tokens]: the largest of every token; -1: it has no candidate
+  const int64_t* candidate;  // [tokens]: whom that is with; -1: nobody
 };
 
-// Called after every image, with its similarities; by several threads at once.
-using Follow = std::function<void(int64_t image, const Similarities& similarities)>;
+// Called after every image; by several threads at once.
+using Finish = std::function<void(int64_t image, const Found& found)>;
 
-// Similarity and position of the most similar patch token of lower rank. Arguments are checked and contiguous.
-std::tuple<Tensor, Tensor> nearest_cpu(const NearestTokenParams& params,
-                                       const Tensor& metric,  // [batch, tokens, channels]
-                                       const Tensor& rank,    // [batch, tokens]
-                                       const Follow* follow = nullptr);
+// Similarities are in the dtype of sums. Arguments are checked and contiguous.
+void search_nearest(const NearestTokenParams& params,
+                    const Tensor& metric,  // [batch, tokens, channels]
+                    const Order& order, bool keep_rows, const Finish& finish);
 
 }  // namespace tokenprune

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -21,22 +22,6 @@ constexpr int32_t kNobody = std::numeric_limits<int32_t>::max();
 struct Results {
   Tensor score, kept, dropped, match;
 };
-
-Tensor rank_all(const NearestTokenParams& params, const Tensor& importance) {
-  Tensor rank = torch::stable::new_empty(importance, {params.batch, params.tokens}, ScalarType::Long);
-  TOKENPRUNE_DISPATCH(importance.scalar_type(), "peaks_match", [&] {
-    torch::stable::parallel_for(0, params.batch, 1, [&](int64_t begin, int64_t end) {
-      std::vector<int32_t> order(params.patches());
-      for (int64_t b = begin; b < end; ++b) {
-        sort_best_first(data_ptr<scalar_t>(importance) + b * params.tokens, params.num_prefix, order);
-        int64_t* ranks = data_ptr<int64_t>(rank) + b * params.tokens;
-        std::fill_n(ranks, params.num_prefix, int64_t(0));
-        for (int64_t place = 0; place < params.patches(); ++place) ranks[order[place]] = place;
-      }
-    });
-  });
-  return rank;
-}
 
 // Scores of one image, and who is kept by them: `order` has the kept patch tokens first, then the others.
 template <typename acc_t>
@@ -75,8 +60,7 @@ TOKENPRUNE_MULTIVERSION void add(const acc_t* __restrict__ row, const acc_t* __r
 
 // Matches of one image from its similarities. What is kept may stand before a place, in its row, or behind it.
 template <typename acc_t>
-void match_stored(const PeaksMatchParams& params, const Similarities& all, const std::vector<int32_t>& order,
-                  int64_t* match) {
+void match_stored(const PeaksMatchParams& params, const Found& all, const std::vector<int32_t>& order, int64_t* match) {
   constexpr acc_t kNone = -std::numeric_limits<acc_t>::infinity();
   const int64_t n = params.nearest.patches();
   std::vector<acc_t> by_token(params.nearest.tokens, kNone), penalty(all.stride), row(all.stride), best(all.stride);
@@ -101,53 +85,51 @@ void match_stored(const PeaksMatchParams& params, const Similarities& all, const
 }
 
 // The same with another search, for any number of tokens.
-template <typename acc_t>
-void match_anew(const PeaksMatchParams& params, const Tensor& metric, const Tensor& importance, const Tensor& near,
-                const Results& results) {
-  const int64_t n = params.nearest.tokens;
-  const Tensor group = torch::stable::new_empty(metric, {params.nearest.batch, n}, ScalarType::Long);
-  int64_t* groups = data_ptr<int64_t>(group);
-  std::fill_n(groups, params.nearest.batch * n, int64_t(0));
-  std::vector<int32_t> order(params.nearest.patches());
-  for (int64_t b = 0; b < params.nearest.batch; ++b) {
-    choose(params, b, importance, data_ptr<const acc_t>(near) + b * n, results, order);
-    for (int64_t i = params.keep; i < params.nearest.patches(); ++i) groups[b * n + order[i]] = 1;
-  }
-  if (params.dropped() == 0) return;
-  const Tensor index = std::get<1>(nearest_cpu(params.nearest, metric, group));
-  const int64_t* dropped = data_ptr<int64_t>(results.dropped);
+void match_anew(const PeaksMatchParams& params, const Tensor& metric, const Results& results) {
+  const int64_t* kept = data_ptr<const int64_t>(results.kept);
+  const int64_t* dropped = data_ptr<const int64_t>(results.dropped);
   int64_t* match = data_ptr<int64_t>(results.match);
-  for (int64_t i = 0; i < params.nearest.batch * params.dropped(); ++i) {
-    const int64_t found = data_ptr<int64_t>(index)[i / params.dropped() * n + dropped[i]];
-    match[i] = found < 0 ? dropped[i] : found;
-  }
+  const Order order = [&](int64_t image, int32_t* tokens, int32_t* columns) {
+    std::copy_n(kept + image * params.keep, params.keep, tokens);
+    std::copy_n(dropped + image * params.dropped(), params.dropped(), tokens + params.keep);
+    std::fill_n(columns, params.keep, 0);
+    std::fill_n(columns + params.keep, params.dropped(), static_cast<int32_t>(params.keep));
+  };
+  search_nearest(params.nearest, metric, order, false, [&](int64_t image, const Found& found) {
+    for (int64_t i = image * params.dropped(); i < (image + 1) * params.dropped(); ++i) {
+      const int64_t candidate = found.candidate[dropped[i]];
+      match[i] = candidate < 0 ? dropped[i] : candidate;
+    }
+  });
 }
 
 template <typename acc_t>
 void match_all(const PeaksMatchParams& params, const Tensor& metric, const Tensor& importance, const Results& results) {
-  const Tensor rank = rank_all(params.nearest, importance);
-  if (params.nearest.patches() > kStored) {
-    match_anew<acc_t>(params, metric, importance, std::get<0>(nearest_cpu(params.nearest, metric, rank)), results);
-    return;
-  }
-  const Follow follow = [&](int64_t image, const Similarities& all) {
-    std::vector<int32_t> order(params.nearest.patches());
-    choose(params, image, importance, static_cast<const acc_t*>(all.largest), results, order);
-    match_stored<acc_t>(params, all, order, data_ptr<int64_t>(results.match) + image * params.dropped());
+  const int64_t n = params.nearest.patches();
+  const bool stored = n <= kStored;
+  const acc_t* important = data_ptr<const acc_t>(importance);
+  const Order by_importance = [&](int64_t image, int32_t* tokens, int32_t* columns) {
+    sort_best_first(important + image * params.nearest.tokens, params.nearest.num_prefix, n, tokens);
+    std::iota(columns, columns + n, 0);
   };
-  nearest_cpu(params.nearest, metric, rank, &follow);
+  search_nearest(params.nearest, metric, by_importance, stored, [&](int64_t image, const Found& all) {
+    std::vector<int32_t> order(n);
+    choose(params, image, importance, static_cast<const acc_t*>(all.similarity), results, order);
+    if (stored) match_stored<acc_t>(params, all, order, data_ptr<int64_t>(results.match) + image * params.dropped());
+  });
+  if (!stored && params.dropped() > 0) match_anew(params, metric, results);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> peaks_match_cpu(Tensor metric, Tensor importance, int64_t keep,
                                                            int64_t num_prefix, double exponent, bool) {
   const PeaksMatchParams params = check_peaks_match(metric, importance, keep, num_prefix, exponent);
-  metric = torch::stable::contiguous(metric);
-  importance = torch::stable::contiguous(importance);
+  metric = as_contiguous(metric);
+  importance = as_contiguous(importance);
   const int64_t batch = params.nearest.batch;
-  const Results results{torch::stable::new_empty(importance, {batch, params.nearest.tokens}),
-                        torch::stable::new_empty(importance, {batch, keep}, ScalarType::Long),
-                        torch::stable::new_empty(importance, {batch, params.dropped()}, ScalarType::Long),
-                        torch::stable::new_empty(importance, {batch, params.dropped()}, ScalarType::Long)};
+  const Results results{allocate(importance, {batch, params.nearest.tokens}, importance.scalar_type()),
+                        allocate(importance, {batch, keep}, ScalarType::Long),
+                        allocate(importance, {batch, params.dropped()}, ScalarType::Long),
+                        allocate(importance, {batch, params.dropped()}, ScalarType::Long)};
   if (importance.scalar_type() == ScalarType::Double) {
     match_all<double>(params, metric, importance, results);
   } else {

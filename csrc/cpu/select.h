@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
-#include <vector>
 
 #include "../ops/topk_gather_params.h"
 
@@ -28,9 +27,9 @@ struct BestFirst {
 
 // The patch positions of one image in that order.
 template <typename value_t>
-void sort_best_first(const value_t* scores, int64_t num_prefix, std::vector<int32_t>& order) {
-  std::iota(order.begin(), order.end(), static_cast<int32_t>(num_prefix));
-  std::sort(order.begin(), order.end(), BestFirst<value_t>{scores});
+void sort_best_first(const value_t* scores, int64_t num_prefix, int64_t patches, int32_t* order) {
+  std::iota(order, order + patches, static_cast<int32_t>(num_prefix));
+  std::sort(order, order + patches, BestFirst<value_t>{scores});
 }
 
 // Puts the patch positions of one image into `order`: the kept ones first, then the dropped ones, each ascending.

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "select.h"
 #include "simd.h"
@@ -11,13 +12,14 @@
 namespace tokenprune {
 namespace {
 
-Tensor select_all(const TopkGatherParams& params, const Tensor& scores) {
-  Tensor order = torch::stable::new_empty(scores, {params.batch, params.tokens - params.num_prefix}, ScalarType::Int);
+// The patch positions of all images: the kept ones first, then the dropped ones.
+std::vector<int32_t> select_all(const TopkGatherParams& params, const Tensor& scores) {
+  const int64_t patches = params.tokens - params.num_prefix;
+  std::vector<int32_t> order(params.batch * patches);
   TOKENPRUNE_DISPATCH(scores.scalar_type(), "topk_gather", [&] {
     const auto* s = vector_ptr<scalar_t>(scores);
-    int32_t* o = data_ptr<int32_t>(order);
     torch::stable::parallel_for(0, params.batch, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) select(params, s + b * params.tokens, o + b * order.size(1));
+      for (int64_t b = begin; b < end; ++b) select(params, s + b * params.tokens, order.data() + b * patches);
     });
   });
   return order;
@@ -53,28 +55,27 @@ void fuse_dropped(const TopkGatherParams& params,
 std::tuple<Tensor, Tensor> topk_gather_cpu(Tensor x, Tensor scores, int64_t keep, int64_t num_prefix,
                                            std::string fuse) {
   const TopkGatherParams params = check_topk_gather(x, scores, keep, num_prefix, fuse);
-  x = torch::stable::contiguous(x);
-  scores = torch::stable::contiguous(scores);
-  const Tensor order = select_all(params, scores);
-  const auto acc_dtype = accumulate_dtype(x);
-  const Tensor weights = torch::stable::to(scores, acc_dtype);
-  Tensor sums = torch::stable::new_empty(x, {params.batch, params.channels}, acc_dtype);
-  Tensor tokens = torch::stable::new_empty(x, {params.batch, params.tokens_out(), params.channels});
-  Tensor index = torch::stable::new_empty(x, {params.batch, params.keep}, ScalarType::Long);
+  x = as_contiguous(x);
+  scores = as_contiguous(scores);
+  const std::vector<int32_t> order = select_all(params, scores);
+  const bool weighted = params.fuse == Fuse::kWeighted;
+  const Tensor weights = weighted ? torch::stable::to(scores, accumulate_dtype(x)) : scores;
+  Tensor tokens = allocate(x, {params.batch, params.tokens_out(), params.channels}, x.scalar_type());
+  Tensor index = allocate(x, {params.batch, params.keep}, ScalarType::Long);
   TOKENPRUNE_DISPATCH(x.scalar_type(), "topk_gather", [&] {
     using acc_t = accumulate_t<scalar_t>;
     const int64_t row_bytes = params.channels * static_cast<int64_t>(sizeof(scalar_t));
     torch::stable::parallel_for(0, params.batch, 1, [&](int64_t begin, int64_t end) {
+      std::vector<acc_t> sum(params.has_fused() ? params.channels : 0);
       for (int64_t b = begin; b < end; ++b) {
-        const int32_t* kept = data_ptr<int32_t>(order) + b * order.size(1);
+        const int32_t* kept = order.data() + b * (params.tokens - params.num_prefix);
         const scalar_t* in = data_ptr<scalar_t>(x) + b * params.tokens * params.channels;
         scalar_t* out = data_ptr<scalar_t>(tokens) + b * params.tokens_out() * params.channels;
         gather(params, reinterpret_cast<const char*>(in), kept, row_bytes, reinterpret_cast<char*>(out));
         std::copy_n(kept, params.keep, data_ptr<int64_t>(index) + b * params.keep);
         if (!params.has_fused()) continue;
-        const acc_t* w = params.fuse == Fuse::kWeighted ? data_ptr<acc_t>(weights) + b * params.tokens : nullptr;
-        fuse_dropped(params, in, w, kept + params.keep, data_ptr<acc_t>(sums) + b * params.channels,
-                     out + (params.tokens_out() - 1) * params.channels);
+        const acc_t* w = weighted ? data_ptr<acc_t>(weights) + b * params.tokens : nullptr;
+        fuse_dropped(params, in, w, kept + params.keep, sum.data(), out + (params.tokens_out() - 1) * params.channels);
       }
     });
   });

@@ -18,7 +18,8 @@ inline WprParams check_iteration(const Tensor& of,                    // [B, H, 
     const bool each =
         start->dim() == 3 && start->size(0) == batch && start->size(1) == heads && start->size(2) == tokens;
     STD_TORCH_CHECK(shared || each, "start must have shape [N] or [B, H, N] to go with the matrices");
-    STD_TORCH_CHECK(start->scalar_type() == accumulate_dtype(of), "start must be float32, float64 for float64 matrices");
+    STD_TORCH_CHECK(start->scalar_type() == accumulate_dtype(of),
+                    "start must be float32, float64 for float64 matrices");
     STD_TORCH_CHECK(start->device() == of.device(), "start must be on the device of the matrices");
     start_stride = shared ? 0 : tokens;
   }

@@ -14,7 +14,7 @@ inline WprQkParams check_wpr_qk(Tensor& q, Tensor& k, double scale, std::optiona
                                 int64_t max_iters, double tol) {
   const QkParams qk = check_qk(q, k, scale);
   const WprParams wpr = check_iteration(q, start, max_iters, tol);
-  if (start.has_value()) start = torch::stable::contiguous(*start);
+  if (start.has_value()) start = as_contiguous(*start);
   return {qk, wpr};
 }
 
