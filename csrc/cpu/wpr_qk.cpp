@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -37,28 +38,51 @@ TOKENPRUNE_MULTIVERSION void scale_row(const acc_t* __restrict__ row, int64_t n,
   for (int64_t k = 0; k < n; ++k) out[k] = row[k] * factor;
 }
 
-// The matrices begin .. end - 1, each formed once.
+// Queries and keys of a head lie a page apart from token to token, which no processor foresees.
+template <typename value_t>
+void prefetch(const value_t* rows, int64_t row_stride, int64_t count, int64_t channels) {
+  for (int64_t r = 0; r < count; ++r, rows += row_stride) {
+    for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(value_t))) __builtin_prefetch(rows + c);
+  }
+}
+
+// The matrices begin .. end - 1, each formed once, a block of queries at a time. One iteration takes every block as it
+// comes, more of them need the whole matrix.
 template <typename value_t, typename acc_t>
 void iterate_small(const Matrices<value_t, acc_t>& work, int64_t begin, int64_t end) {
   const QkParams& qk = work.params.qk;
   const int64_t n = qk.tokens, stride = work.stride();
+  const bool once = work.params.wpr.max_iters == 1;
   AttentionRows<value_t, acc_t> rows(qk);
-  std::vector<acc_t> panels(stride * qk.channels), matrix(n * stride), next(n);
+  std::vector<acc_t> panels(stride * qk.channels), next(n), partial(n), weights(kQueryBlock);
+  const std::unique_ptr<acc_t[]> matrix(once ? nullptr : new acc_t[n * stride]);
   for (int64_t m = begin; m < end; ++m) {
+    acc_t* s = work.scores + m * n;
+    power_start(work.params.wpr, work.start, m, s);
+    std::fill(next.begin(), next.end(), acc_t(0));
     pack_columns(work.keys(m), qk.k_token_stride, n, qk.channels, panels.data());
     for (int64_t first = 0; first < n; first += kQueryBlock) {
       const int64_t count = std::min(kQueryBlock, n - first);
+      const int64_t following = std::min(kQueryBlock, n - first - count);
+      prefetch(work.queries(m) + (first + count) * qk.q_token_stride, qk.q_token_stride, following, qk.channels);
+      if (m + 1 < end) prefetch(work.keys(m + 1) + first * qk.k_token_stride, qk.k_token_stride, count, qk.channels);
       rows.form(work.queries(m), panels.data(), first, count);
       for (int64_t r = 0; r < count; ++r) {
         acc_t shift = 0;
         const acc_t sum = rows.softmax_terms(r, &shift);
-        scale_row(rows.row(r), n, acc_t(1) / sum, matrix.data() + (first + r) * stride);
+        weights[r] = s[first + r] / sum;
+        if (!once) scale_row(rows.row(r), n, acc_t(1) / sum, matrix.get() + (first + r) * stride);
       }
+      if (!once) continue;
+      power_step(rows.row(0), stride, weights.data(), count, partial.data(), n);
+      add_scaled(acc_t(1), partial.data(), n, next.data());
     }
-    acc_t* s = work.scores + m * n;
-    power_start(work.params.wpr, work.start, m, s);
-    power_iterate(work.params.wpr, s, next.data(),
-                  [&](const acc_t* from, acc_t* to) { power_step(matrix.data(), stride, from, n, to, n); });
+    if (once) {
+      std::copy_n(next.data(), n, s);
+    } else {
+      power_iterate(work.params.wpr, s, next.data(),
+                    [&](const acc_t* from, acc_t* to) { power_step(matrix.get(), stride, from, n, to, n); });
+    }
   }
 }
 
@@ -108,7 +132,7 @@ void iterate_large(const Matrices<value_t, acc_t>& work, int64_t m) {
 
 Tensor wpr_qk_cpu(Tensor q, Tensor k, double scale, std::optional<Tensor> start, int64_t max_iters, double tol, bool) {
   const WprQkParams params = check_wpr_qk(q, k, scale, start, max_iters, tol);
-  Tensor out = torch::stable::new_empty(q, {params.qk.batch, params.qk.heads, params.qk.tokens}, accumulate_dtype(q));
+  Tensor out = allocate(q, {params.qk.batch, params.qk.heads, params.qk.tokens}, accumulate_dtype(q));
   TOKENPRUNE_DISPATCH(q.scalar_type(), "wpr_qk", [&] {
     using acc_t = accumulate_t<scalar_t>;
     const acc_t* first = start.has_value() ? data_ptr<acc_t>(*start) : nullptr;
