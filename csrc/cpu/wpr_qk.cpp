@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -38,6 +39,34 @@ TOKENPRUNE_MULTIVERSION void scale_row(const acc_t* __restrict__ row, int64_t n,
   for (int64_t k = 0; k < n; ++k) out[k] = row[k] * factor;
 }
 
+// `n` logits become e^(logit - the largest); returns the sum. As softmax_terms, but a row is filled up with minus
+// infinity to whole vectors, [n, width): those of many short rows would otherwise spend half of the time on what is
+// left over.
+template <typename acc_t>
+TOKENPRUNE_MULTIVERSION acc_t padded_terms(acc_t* __restrict__ row, int64_t n, int64_t width) {
+  constexpr int64_t kParts = 16;
+  constexpr acc_t kNone = -std::numeric_limits<acc_t>::infinity();
+  for (int64_t k = n; k < width; ++k) row[k] = kNone;
+  acc_t most[kParts], sums[kParts] = {};
+  for (int64_t j = 0; j < kParts; ++j) most[j] = kNone;
+  for (int64_t k = 0; k < width; k += kParts) {
+    for (int64_t j = 0; j < kParts; ++j) most[j] = row[k + j] > most[j] ? row[k + j] : most[j];
+  }
+#pragma GCC unroll 4
+  for (int64_t half = kParts / 2; half > 0; half /= 2) {
+    for (int64_t j = 0; j < half; ++j) most[j] = most[half + j] > most[j] ? most[half + j] : most[j];
+  }
+  const acc_t shift = most[0];
+  for (int64_t k = 0; k < width; k += kParts) {
+    for (int64_t j = 0; j < kParts; ++j) sums[j] += row[k + j] = vector_exp(row[k + j] - shift);
+  }
+#pragma GCC unroll 4
+  for (int64_t half = kParts / 2; half > 0; half /= 2) {
+    for (int64_t j = 0; j < half; ++j) sums[j] += sums[half + j];
+  }
+  return sums[0];
+}
+
 // Queries and keys of a head lie a page apart from token to token, which no processor foresees.
 template <typename value_t>
 void prefetch(const value_t* rows, int64_t row_stride, int64_t count, int64_t channels) {
@@ -52,6 +81,7 @@ template <typename value_t, typename acc_t>
 void iterate_small(const Matrices<value_t, acc_t>& work, int64_t begin, int64_t end) {
   const QkParams& qk = work.params.qk;
   const int64_t n = qk.tokens, stride = work.stride();
+  const int64_t width = (n + 15) / 16 * 16;
   const bool once = work.params.wpr.max_iters == 1;
   AttentionRows<value_t, acc_t> rows(qk);
   std::vector<acc_t> panels(stride * qk.channels), next(n), partial(n), weights(kQueryBlock);
@@ -68,8 +98,7 @@ void iterate_small(const Matrices<value_t, acc_t>& work, int64_t begin, int64_t 
       if (m + 1 < end) prefetch(work.keys(m + 1) + first * qk.k_token_stride, qk.k_token_stride, count, qk.channels);
       rows.form(work.queries(m), panels.data(), first, count);
       for (int64_t r = 0; r < count; ++r) {
-        acc_t shift = 0;
-        const acc_t sum = rows.softmax_terms(r, &shift);
+        const acc_t sum = padded_terms(rows.row(r), n, width);
         weights[r] = s[first + r] / sum;
         if (!once) scale_row(rows.row(r), n, acc_t(1) / sum, matrix.get() + (first + r) * stride);
       }
