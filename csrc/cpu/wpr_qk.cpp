@@ -84,8 +84,13 @@ void iterate_small(const Matrices<value_t, acc_t>& work, int64_t begin, int64_t 
   const int64_t width = (n + 15) / 16 * 16;
   const bool once = work.params.wpr.max_iters == 1;
   AttentionRows<value_t, acc_t> rows(qk);
-  std::vector<acc_t> panels(stride * qk.channels), next(n), partial(n), weights(kQueryBlock);
+  std::vector<acc_t> panels(stride * qk.channels), next(n), partial(n), sums(n), weights(kQueryBlock);
   const std::unique_ptr<acc_t[]> matrix(once ? nullptr : new acc_t[n * stride]);
+  const auto add_block = [&](const acc_t* terms, int64_t first, int64_t count, const acc_t* from, acc_t* to) {
+    for (int64_t r = 0; r < count; ++r) weights[r] = from[first + r] / sums[first + r];
+    power_step(terms, stride, weights.data(), count, partial.data(), n);
+    add_scaled(acc_t(1), partial.data(), n, to);
+  };
   for (int64_t m = begin; m < end; ++m) {
     acc_t* s = work.scores + m * n;
     power_start(work.params.wpr, work.start, m, s);
@@ -97,21 +102,23 @@ void iterate_small(const Matrices<value_t, acc_t>& work, int64_t begin, int64_t 
       prefetch(work.queries(m) + (first + count) * qk.q_token_stride, qk.q_token_stride, following, qk.channels);
       if (m + 1 < end) prefetch(work.keys(m + 1) + first * qk.k_token_stride, qk.k_token_stride, count, qk.channels);
       rows.form(work.queries(m), panels.data(), first, count);
-      for (int64_t r = 0; r < count; ++r) {
-        const acc_t sum = padded_terms(rows.row(r), n, width);
-        weights[r] = s[first + r] / sum;
-        if (!once) scale_row(rows.row(r), n, acc_t(1) / sum, matrix.get() + (first + r) * stride);
+      for (int64_t r = 0; r < count; ++r) sums[first + r] = padded_terms(rows.row(r), n, width);
+      if (once) {
+        add_block(rows.row(0), first, count, s, next.data());
+      } else {
+        std::copy_n(rows.row(0), count * stride, matrix.get() + first * stride);
       }
-      if (!once) continue;
-      power_step(rows.row(0), stride, weights.data(), count, partial.data(), n);
-      add_scaled(acc_t(1), partial.data(), n, next.data());
     }
     if (once) {
       std::copy_n(next.data(), n, s);
-    } else {
-      power_iterate(work.params.wpr, s, next.data(),
-                    [&](const acc_t* from, acc_t* to) { power_step(matrix.get(), stride, from, n, to, n); });
+      continue;
     }
+    power_iterate(work.params.wpr, s, next.data(), [&](const acc_t* from, acc_t* to) {
+      std::fill_n(to, n, acc_t(0));
+      for (int64_t first = 0; first < n; first += kQueryBlock) {
+        add_block(matrix.get() + first * stride, first, std::min(kQueryBlock, n - first), from, to);
+      }
+    });
   }
 }
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from tokenprune_ext import ops
 from tokenprune_ext.patch.context import AttentionContext, Reduced
@@ -52,7 +51,7 @@ class ATS(Method):
         sampled = self.sampled(ctx, keep)
         # The sampled tokens first; what is missing is filled up with others, which then are padding.
         x, kept = ops.topk_gather(ctx.x, sampled, keep, ctx.num_prefix)
-        size = pad(sampled.gather(1, kept), (ctx.num_prefix, 0), value=1.0)
+        size = torch.constant_pad_nd(sampled.gather(1, kept), (ctx.num_prefix, 0), 1.0)
         return Reduced(x, kept, size=size, bias=True, scores=lambda: self.scores(ctx))
 
     def sampled(self, ctx: AttentionContext, quantiles: int) -> Tensor:

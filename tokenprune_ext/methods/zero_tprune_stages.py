@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from tokenprune_ext import ops
 from tokenprune_ext.checks import check_int
@@ -38,7 +37,7 @@ def start_scores(ctx: AttentionContext, start: str, tokens: int) -> Tensor | Non
     if start == "uniform" or not ctx.has_class_token:
         return None
     dtype = torch.promote_types(ctx.q.dtype, torch.float32)
-    return pad(torch.ones(tokens - 1, dtype=dtype, device=ctx.x.device), (1, 0), value=tokens**0.5)
+    return torch.constant_pad_nd(torch.ones(tokens - 1, dtype=dtype, device=ctx.x.device), (1, 0), tokens**0.5)
 
 
 def needs_scores(partition: str) -> bool:
@@ -75,4 +74,4 @@ def _feature(ctx: AttentionContext, name: str) -> Tensor:
         return ctx.x.detach()
     if name == "key_heads":
         return ctx.k.transpose(1, 2).flatten(2)
-    return {"key": ctx.k, "query": ctx.q, "value": ctx.v}[name].mean(1)
+    return {"key": ctx.k, "query": ctx.q, "value": ctx.v}[name].sum(1)  # in the order of their means by any similarity

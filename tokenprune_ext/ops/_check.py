@@ -25,6 +25,8 @@ def widened(value: Any, of: object, integers: bool = False) -> Any:
     ``integers`` are as good; so is what is no tensor."""
     if not (isinstance(value, Tensor) and isinstance(of, Tensor)):
         return value
+    if value.dtype == of.dtype and of.dtype in (torch.float32, torch.float64):
+        return value
     dtype = accumulate_dtype(of.dtype)
     if value.dtype == dtype or not (integers or value.dtype in FLOAT_DTYPES):
         return value

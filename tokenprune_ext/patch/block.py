@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -119,8 +118,11 @@ def _run(plan: BlockPlan, block: nn.Module, state: TokenState, keep: int, call: 
 
 def _reduce(plan: BlockPlan, state: TokenState, projected: Projected, keep: int) -> TokenState:
     host = plan.host
-    q, k, v, bias = projected.q, projected.k, projected.v, _sum(projected.bias, state.bias)
-    if not torch.is_inference_mode_enabled():  # there, nothing has a gradient anyway
+    q, k, v, bias = projected.q, projected.k, projected.v, projected.bias
+    if state.bias is not None:
+        bias = state.bias if bias is None else bias + state.bias
+    traced = torch.compiler.is_compiling()
+    if traced or not torch.is_inference_mode_enabled():  # there, nothing has a gradient anyway
         q, k, v, bias = q.detach(), k.detach(), v.detach(), None if bias is None else bias.detach()
     context = AttentionContext(
         x=state.x,
@@ -135,30 +137,24 @@ def _reduce(plan: BlockPlan, state: TokenState, projected: Projected, keep: int)
         size=state.size,
         bias=bias,
     )
-    with _named(plan, context.num_patches, keep):
+    prefix, patches = host.num_prefix_tokens, context.num_patches
+    if traced or not torch._C._autograd._profiler_enabled():
         reduced = plan.method.reduce(context, keep)
-    record(plan.layer, reduced, context.num_prefix, context.num_patches)
+    else:  # a range in torch's profiler, and through its emit_nvtx in Nsight
+        with record_function(f"tokenprune {plan.method.name}, block {plan.layer}: {patches} -> {keep} patches"):
+            reduced = plan.method.reduce(context, keep)
+    if not traced:  # a compiled graph has no side effects
+        record(plan.layer, reduced, prefix, patches)
     source = state.source
     if source is not None:
-        source = compose(source, landing_positions(reduced, context.num_prefix, context.num_patches))
+        source = compose(source, landing_positions(reduced, prefix, patches))
     return TokenState(
         x=reduced.x,
         size=reduced.size,
         bias=log_size(reduced.size, projected.q.dtype) if reduced.bias and reduced.size is not None else None,
-        position=_positions(state.position, reduced, host, context.num_patches) if host.positional else None,
+        position=_positions(state.position, reduced, host, patches) if host.positional else None,
         source=source,
     )
-
-
-def _named(plan: BlockPlan, patches: int, keep: int) -> AbstractContextManager[object]:
-    """A range in torch's profiler, and through its ``emit_nvtx`` in Nsight; nothing where nobody records."""
-    if torch.compiler.is_compiling() or not torch._C._autograd._profiler_enabled():
-        return nullcontext()
-    return record_function(f"tokenprune {plan.method.name}, block {plan.layer}: {patches} -> {keep} patches")
-
-
-def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    return second if first is None else first if second is None else first + second
 
 
 def _positions(position: Tensor | None, reduced: Reduced, host: Host, patches: int) -> Tensor:

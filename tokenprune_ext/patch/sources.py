@@ -46,8 +46,6 @@ def recording() -> Iterator[Recording]:
 
 def record(layer: int, reduced: Reduced, num_prefix: int, num_patches: int) -> None:
     """Add one layer, through which ``num_patches`` patch tokens came in, to the recording in progress, if any."""
-    if torch.compiler.is_compiling():  # a compiled graph has no side effects; tracing runs uncompiled
-        return
     found = _current.get()
     if found is None:
         return
