@@ -20,12 +20,29 @@ if TYPE_CHECKING:
     from tokenprune_ext.train import Objective, TrainingData
 
 IMAGES = click.Path(exists=True, path_type=Path)
+_PREPROCESSING = ("mean", "std", "interpolation", "crop_pct")
+_AUGMENTATION = ("crop_scale", "hflip", "color_jitter", "auto_augment", "erase")
 _POSITIVE, _COUNT = click.FloatRange(0, min_open=True), click.IntRange(1)
 
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Keywords of `run`, beside those of the method."""
-    command = values.with_options(
+    """Keywords of `run`, beside those of the method, which come last."""
+    return values.with_options(
+        _input_options(_augmentation_options(_optimisation_options(command))),
+        click.option(
+            "--output", type=values.FOLDER, required=True, help="Folder of the run; the same command goes on."
+        ),
+        click.option("--workers", type=click.IntRange(0), default=0, help="Processes that read images, each."),
+        values.device_option,
+        values.threads_option,
+        click.option("--log-every", type=_COUNT, default=10, help="Steps of a row of metrics.csv."),
+        click.option("--save-every", type=_COUNT, help="Steps between checkpoints.  [default: an epoch]"),
+        click.option("--tensorboard", is_flag=True, help="Write TensorBoard's event files too."),
+    )
+
+
+def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    return values.with_options(
         values.preprocess_options(command),
         click.option("--demo", is_flag=True, help="The small model and the generated images of the package."),
         click.option("--images", type=_COUNT, default=4000, help="Generated images, with --demo."),
@@ -39,33 +56,19 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
         values.labels_option,
         click.option("--limit", type=_COUNT, help="At most so many images, balanced over the classes."),
     )
-    command = values.with_options(command, _augmentation_options, _optimisation_options)
-    return values.with_options(
-        command,
-        click.option("--workers", type=click.IntRange(0), default=0, help="Processes that read images, each."),
-        values.device_option,
-        values.threads_option,
-        click.option("--log-every", type=_COUNT, default=10, help="Steps of a row of metrics.csv."),
-        click.option("--save-every", type=_COUNT, help="Steps between checkpoints.  [default: an epoch]"),
-        click.option("--tensorboard", is_flag=True, help="Write TensorBoard's event files too."),
-        click.option(
-            "--output", type=values.FOLDER, required=True, help="Folder of this run; the same command resumes."
-        ),
-    )
 
 
 def _augmentation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    share, strength = click.FloatRange(0, 1), click.FloatRange(0)
     return values.with_options(
         command,
-        click.option(
-            "--crop-scale", type=click.FloatRange(0, 1, min_open=True), default=0.08, help="Least area of a crop."
-        ),
-        click.option("--hflip", type=click.FloatRange(0, 1), default=0.5, help="Probability of mirroring."),
-        click.option("--color-jitter", type=click.FloatRange(0), default=0.4, help="Strength."),
+        click.option("--crop-scale", type=share, help="Least area of a crop; 1: no crops.  [default: 0.08; --demo: 1]"),
+        click.option("--hflip", type=share, default=0.5, help="Probability of mirroring."),
+        click.option("--color-jitter", type=strength, help="Strength.  [default: 0.4; --demo: 0]"),
         click.option("--auto-augment", help="timm's policy, like rand-m9-mstd0.5-inc1."),
-        click.option("--erase", type=click.FloatRange(0, 1), default=0.0, help="Probability of erasing a rectangle."),
-        click.option("--mixup", type=click.FloatRange(0), default=0.0, help="Strength."),
-        click.option("--cutmix", type=click.FloatRange(0), default=0.0, help="Strength."),
+        click.option("--erase", type=share, default=0.0, help="Probability of erasing a rectangle."),
+        click.option("--mixup", type=strength, default=0.0, help="Strength."),
+        click.option("--cutmix", type=strength, default=0.0, help="Strength."),
     )
 
 
@@ -143,23 +146,10 @@ def run(
                 click.echo(f"wrote {given['output'] / 'model.safetensors'} after {found.steps} steps{accuracy}")
 
 
-_IMAGE_SETTINGS = (
-    "mean",
-    "std",
-    "interpolation",
-    "crop_pct",
-    "crop_scale",
-    "hflip",
-    "color_jitter",
-    "auto_augment",
-    "erase",
-)
-
-
 def _settings(method: str, settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Plain values the weights depend on, beside those that the loop knows of itself."""
-    named = {"method": method, **settings}
-    named |= {name: given[name] for name in ("demo", "model_name", "img_size", "limit", *_IMAGE_SETTINGS)}
+    names = ("demo", "model_name", "img_size", "limit", *_PREPROCESSING, *_AUGMENTATION)
+    named = {"method": method, **settings, **{name: given[name] for name in names}}
     paths = {name: given[name] and os.path.abspath(given[name]) for name in ("data", "held_out", "labels")}
     return named | paths
 
@@ -206,14 +196,17 @@ def _data(model: Any, given: Mapping[str, Any]) -> TrainingData:
     from tokenprune_ext.demo import DemoImages
     from tokenprune_ext.train import TrainingData
 
-    names = ("img_size", "mean", "std", "interpolation", "crop_pct")
-    config, plain = preprocessing(model, **{name: given[name] for name in names})
+    config, plain = preprocessing(model, **{name: given[name] for name in ("img_size", *_PREPROCESSING)})
+    # The objects of generated images are small, and some classes differ in little else than a few patches.
+    defaults = {"crop_scale": 1.0, "color_jitter": 0.0} if given["demo"] else {"crop_scale": 0.08, "color_jitter": 0.4}
+    crop, jitter = (value if given[name] is None else given[name] for name, value in defaults.items())
     augmented = create_transform(
         config["input_size"],
         is_training=True,
-        scale=(given["crop_scale"], 1.0),
+        scale=(crop, 1.0),
+        ratio=(1.0, 1.0) if crop == 1 else (3 / 4, 4 / 3),
         hflip=given["hflip"],
-        color_jitter=given["color_jitter"],
+        color_jitter=jitter,
         auto_augment=given["auto_augment"],
         re_prob=given["erase"],
         **{name: config[name] for name in ("interpolation", "mean", "std")},

@@ -32,7 +32,7 @@ class Trained:
         model: what the objective finished, in eval mode.
         steps: steps of the run.
         resumed_at: those that were there already.
-        top1: accuracy on the held-out images after the last epoch; None without any, and where nothing was left to do.
+        top1: accuracy on the held-out images after the last epoch; None without any.
     """
 
     model: nn.Module
@@ -94,14 +94,14 @@ def train(
             log = stack.enter_context(Log(output, run.step, run.plan.steps, tensorboard=tensorboard, console=console))
             if stored is not None and console is not None:
                 console.print(f"resumed at step {run.step} of {run.plan.steps}")
-        resumed_at, top1 = run.step, None
+        resumed_at = run.step
         for images, labels in batches(data, run.plan):
             run.advance(images, labels, log)
-            top1 = run.after_step(log)
+            run.after_step(log)
         finished = objective.finish(run.model).eval()
         if group.leads:
             checkpoint.save(finished, output / state.MODEL)
-        return Trained(finished, run.plan.steps, resumed_at, top1)
+        return Trained(finished, run.plan.steps, resumed_at, run.top1)
 
 
 def _facts(model: nn.Module, data: TrainingData, group: Processes) -> dict[str, Any]:

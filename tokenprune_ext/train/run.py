@@ -67,6 +67,7 @@ class Run:
         if stored is not None:
             for name in _STATEFUL:
                 getattr(self, name).load_state_dict(stored[name])
+        self.top1: float | None = None if stored is None else stored["top1"]
         self.random = None if stored is None else stored["random"][group.rank]
         self.learner: nn.Module = _Learner(objective, self.model).train()
         self.parameters = [value for value in self.model.parameters() if value.requires_grad]
@@ -89,6 +90,7 @@ class Run:
         images, targets = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if self.mix is not None:
             images, targets = self.mix(images, targets, self.step)
+        self.lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         pieces = list(zip(images.chunk(self.options.accumulate), targets.chunk(self.options.accumulate), strict=True))
@@ -117,18 +119,18 @@ class Run:
         if log is not None:
             log.add(values, count)
 
-    def after_step(self, log: Log | None) -> float | None:
-        """Measure, write the log and the checkpoint when it is time; returns the accuracy if it was measured."""
+    def after_step(self, log: Log | None) -> None:
+        """Measure, write the log and the checkpoint when it is time."""
         options, epoch_ends = self.options, self.step % self.plan.steps_per_epoch == 0
         top1 = self._accuracy(*self.data.held_out) if epoch_ends and self.data.held_out is not None else None
+        self.top1 = self.top1 if top1 is None else top1
         saves = epoch_ends if options.save_every is None else self.step % options.save_every == 0
         saves = saves or self.step == self.plan.steps
         if log is not None and (saves or epoch_ends or self.step % options.log_every == 0):
             epoch = -(-self.step // self.plan.steps_per_epoch)
-            log.write(epoch, self.optimizer.param_groups[0]["lr"], top1)  # before the checkpoint: no row is missing
+            log.write(epoch, self.lr, top1)  # before the checkpoint: no row is missing
         if saves:
             self._save()
-        return top1
 
     def _accuracy(self, images: ImageSource, transform: Transform) -> float | None:
         self.model.eval()
@@ -154,7 +156,9 @@ class Run:
         random_states = self.group.gather(randomness.states(self.group.device))
         if self.group.leads:
             content = {name: getattr(self, name).state_dict() for name in _STATEFUL}
-            state.save(self.output, self.settings, {"step": self.step, "random": random_states, **content})
+            state.save(
+                self.output, self.settings, {"step": self.step, "top1": self.top1, "random": random_states, **content}
+            )
         self.saved = self.step
 
     def _autocast(self) -> torch.autocast:
