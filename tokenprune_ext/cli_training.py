@@ -59,10 +59,10 @@ def _input_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _augmentation_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    share, strength = click.FloatRange(0, 1), click.FloatRange(0)
+    share, area, strength = click.FloatRange(0, 1), click.FloatRange(0, 1, min_open=True), click.FloatRange(0)
     return values.with_options(
         command,
-        click.option("--crop-scale", type=share, help="Least area of a crop; 1: no crops.  [default: 0.08; --demo: 1]"),
+        click.option("--crop-scale", type=area, help="Least area of a crop; 1: no crops.  [default: 0.08; --demo: 1]"),
         click.option("--hflip", type=share, default=0.5, help="Probability of mirroring."),
         click.option("--color-jitter", type=strength, help="Strength.  [default: 0.4; --demo: 0]"),
         click.option("--auto-augment", help="timm's policy, like rand-m9-mstd0.5-inc1."),
@@ -200,17 +200,18 @@ def _data(model: Any, given: Mapping[str, Any]) -> TrainingData:
     # The objects of generated images are small, and some classes differ in little else than a few patches.
     defaults = {"crop_scale": 1.0, "color_jitter": 0.0} if given["demo"] else {"crop_scale": 0.08, "color_jitter": 0.4}
     crop, jitter = (value if given[name] is None else given[name] for name, value in defaults.items())
-    augmented = create_transform(
-        config["input_size"],
-        is_training=True,
-        scale=(crop, 1.0),
-        ratio=(1.0, 1.0) if crop == 1 else (3 / 4, 4 / 3),
-        hflip=given["hflip"],
-        color_jitter=jitter,
-        auto_augment=given["auto_augment"],
-        re_prob=given["erase"],
-        **{name: config[name] for name in ("interpolation", "mean", "std")},
-    )
+    with values.usage_error(AssertionError, KeyError, prefix=f"auto-augment {given['auto_augment']!r}: "):
+        augmented = create_transform(
+            config["input_size"],
+            is_training=True,
+            scale=(crop, 1.0),
+            ratio=(1.0, 1.0) if crop == 1 else (3 / 4, 4 / 3),
+            hflip=given["hflip"],
+            color_jitter=jitter,
+            auto_augment=given["auto_augment"],
+            re_prob=given["erase"],
+            **{name: config[name] for name in ("interpolation", "mean", "std")},
+        )
     images: ImageSource
     held_out: ImageSource | None
     classes = int(getattr(model, "num_classes", 0) or 0)

@@ -82,7 +82,8 @@ def test_generated_images(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_input(tmp_path: Path, args: tuple[str, ...], said: str) -> None:
-    done = run(*args, "--output", tmp_path / "run")
+    small = ("--images", 2, "--held-out-images", 2, "--epochs", 1)  # soon done, should it not be refused
+    done = run(*small, *args, "--output", tmp_path / "run")
     assert done.exit_code == 2
     assert any(part in " ".join(done.output.split()) for part in said.split("|")), done.output
     assert not (tmp_path / "run").exists()
