@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
@@ -11,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from toy_training import forked, rows, toy
+
+from tokenprune_ext.cli_train import train
 
 # The last step of an epoch has one image: the second process has none.
 CASES: dict[str, dict[str, Any]] = {
@@ -59,17 +61,21 @@ def test_accumulation_changes_nothing(tmp_path: Path) -> None:
 
 def test_torchrun(tmp_path: Path) -> None:
     """The command, on the packaged model; one process here, two there."""
-    (tmp_path / "command.py").write_text("from tokenprune_ext.cli_train import train\n\ntrain()\n")
+    # SGD: Adam makes whole steps of the rounding errors where a gradient is zero, as that of a key's bias.
     wanted = "finetune --demo --images 10 --held-out-images 8 --batch-size 4 --epochs 1 --log-every 1 --device cpu"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    found = {}
-    for name, launcher in (("one", []), ("two", torchrun)):
-        command = [sys.executable, *launcher, "command.py", *wanted.split(), "--output", name]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("wrote two" if name == "two" else "wrote one") == 1
-        with (tmp_path / name / "metrics.csv").open(newline="") as file:
-            found[name] = [float(row["loss"]) for row in csv.DictReader(file)]
-    assert found["two"] == pytest.approx(found["one"], rel=1e-4)
-    assert len(found["two"]) == 3
+    wanted += " --opt sgd --lr 0.01"
+    one = CliRunner().invoke(train, [*wanted.split(), "--output", str(tmp_path / "one")])
+    assert one.exit_code == 0, one.output
+    (tmp_path / "command.py").write_text("from tokenprune_ext.cli_train import train\n\ntrain()\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = subprocess.run(
+        [*torchrun, "command.py", *wanted.split(), "--output", "two"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("wrote two") == 1  # the first process alone
+    assert_close(tmp_path / "one", tmp_path / "two")

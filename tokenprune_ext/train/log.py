@@ -55,7 +55,7 @@ class Log:
 
             text = TextColumn("{task.description}")
             shown = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}"))
-            self._progress = Progress(*shown, console=console, transient=True)
+            self._progress = Progress(*shown, console=console, transient=True, disable=not console.is_terminal)
             self._task = self._progress.add_task("steps", total=steps, completed=step, state="")
             self._progress.start()
 
@@ -82,7 +82,7 @@ class Log:
         if self._progress is not None:
             self._progress.update(self._task, completed=self.step, state=f"loss {values['loss']:.4g}")
 
-    def write(self, epoch: int, lr: float, top1: float | None) -> None:
+    def write(self, epoch: int, lr: float, top1: float | None, *, epoch_ends: bool) -> None:
         """A row of the steps since the last one, with the accuracy on the held-out images where it was measured."""
         if not self._steps:
             return
@@ -100,9 +100,10 @@ class Log:
                 if row[name] is not None:
                     self._events.add_scalar(name, row[name], self.step)
             self._events.flush()
-        if top1 is not None and self.console is not None:
+        if epoch_ends and self.console is not None:
+            accuracy = "" if top1 is None else f", top-1 {top1:.2%}"
             speed = f"{row['images_per_s']:g} images/s"
-            self.console.print(f"epoch {epoch}, step {self.step}: loss {row['loss']:.4f}, top-1 {top1:.2%}, {speed}")
+            self.console.print(f"epoch {epoch}, step {self.step}: loss {row['loss']:.4f}{accuracy}, {speed}")
         self._sums.clear()
         self._steps = self._images = 0
         self._since = time.perf_counter()

@@ -128,7 +128,7 @@ class Run:
         saves = saves or self.step == self.plan.steps
         if log is not None and (saves or epoch_ends or self.step % options.log_every == 0):
             epoch = -(-self.step // self.plan.steps_per_epoch)
-            log.write(epoch, self.lr, top1)  # before the checkpoint: no row is missing
+            log.write(epoch, self.lr, top1, epoch_ends=epoch_ends)  # before the checkpoint: no row is missing
         if saves:
             self._save()
 
