@@ -48,7 +48,7 @@ class NarrowLinear(nn.Linear):
         return x if self.inputs is None else x.index_select(-1, self.inputs)
 
     def write(self, out: Tensor, first: int = 0) -> Tensor:
-        """Outputs from ``first`` on in their places; ``out`` has those of the rows from ``first`` on."""
+        """Outputs from ``first`` on in their places, of the rows from ``first`` on: all before it have rows."""
         if self.spread is None:
             return out
         return F.pad(out, (0, 1)).index_select(-1, self.spread[first:] - first if first else self.spread)
