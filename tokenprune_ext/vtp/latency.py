@@ -102,7 +102,7 @@ def measure_widths(
     calls: dict[str, Callable[[], object]] = {"model": partial(dense, images)}
     for half, run, (first, second) in (("attention", _attention, (0, 1)), ("mlp", _mlp, (2, 3))):
         for pair in product(grids[first], grids[second]):
-            widths = list(full[0])
+            widths = [1] * len(PLACES)  # the other half is not run
             widths[first], widths[second] = pair
             block = copy.deepcopy(blocks[0])
             narrow_block(block, [torch.arange(width) for width in widths])
