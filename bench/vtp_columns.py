@@ -3,7 +3,8 @@
 A rate says how many of all channels go (7 C a block: C at three places, 4 C in the MLP), and not where. Were the share
 the same at every place, parameters and MACs would be those of `uniform`. `implied` are the widths nearest to uniform
 (least squares over all channels, the same in every block) that have the published parameters, or come nearest. A DeiT-B
-with gates that ask for them is then pruned at the rate, and counted. Source: arXiv 2104.08500. MACs are the whole model's.
+with gates that ask for them is then pruned at the rate, and counted. MACs are the whole model's.
+Source: arXiv 2104.08500.
 
     python bench/vtp_columns.py
 """
@@ -24,7 +25,7 @@ from tokenprune_ext import vtp
 from tokenprune_ext.prune import describe
 
 DEPTH, CHANNELS, TOKENS = 12, 768, 197
-STEP = 4  # of the widths that are tried
+STEP = 12  # of the widths that are tried
 TOLERANCE = 0.001  # of the parameters they have
 
 
