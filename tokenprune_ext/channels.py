@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import Attention, Block, Mlp  # type: ignore[attr-defined]
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from .patch import UnsupportedModelError, adapter_of, inspect_host, unsupported
 from .patch.adapter import kind_of
@@ -90,7 +91,7 @@ def narrow_block(block: Any, kept: Sequence[Tensor], gates: Sequence[Tensor | No
     rows = torch.cat([torch.arange(first_value, device=proj_in.device), first_value + proj_in])
     residual = torch.arange(channels, device=proj_in.device)
     # The heads keep their shape, so that fused attention takes them: a value that went is 0 between its neighbours.
-    attn.qkv = _cut(attn.qkv, rows, qkv_in, gates[0], attn.qkv.out_features, channels)
+    attn.qkv = _cut(attn.qkv, rows, qkv_in, gates[0], attn.qkv.out_features, channels, first_value)
     attn.proj = _cut(attn.proj, residual, proj_in, gates[1], channels, attn.proj.in_features)
     mlp.fc1 = _cut(mlp.fc1, fc2_in, fc1_in, gates[2], len(fc2_in), channels)
     mlp.fc2 = _cut(mlp.fc2, residual, fc2_in, gates[3], channels, len(fc2_in))
@@ -138,26 +139,29 @@ def _check(name: str, block: Any) -> None:
 
 
 def _cut(
-    linear: nn.Linear, rows: Tensor, columns: Tensor, scale: Tensor | None, out_features: int, in_features: int
+    linear: nn.Linear,
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor | None,
+    out_features: int,
+    in_features: int,
+    whole: int = 0,
 ) -> nn.Linear:
-    """These rows and columns of a layer, which from outside has so many features."""
+    """These rows and columns of a layer, which from outside has so many features; of the first rows ``whole`` stay."""
     weight, bias = linear.weight.detach(), linear.bias
-    new = _layer(in_features, out_features, len(columns), len(rows), bias is not None, weight)
+    where: dict[str, Any] = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
+    new: nn.Linear
+    if (len(rows), len(columns)) == (out_features, in_features):
+        new = skip_init(nn.Linear, in_features, out_features, **where)
+    else:
+        new = skip_init(NarrowLinear, in_features, out_features, len(columns), len(rows), whole=whole, **where)
+        for buffer, index in ((new.inputs, columns), (new.outputs, rows[whole:] - whole)):
+            if isinstance(buffer, Tensor):
+                buffer.copy_(index)
     with torch.no_grad():
         new.weight.copy_((weight if scale is None else weight * scale)[rows][:, columns])
+        new.weight.requires_grad_(linear.weight.requires_grad)
         if bias is not None:
             new.bias.copy_(bias[rows])
             new.bias.requires_grad_(bias.requires_grad)
-    if isinstance(new, NarrowLinear) and new.inputs is not None:
-        new.inputs.copy_(columns)
-    if isinstance(new, NarrowLinear) and new.spread is not None:
-        new.spread.fill_(len(rows))[rows] = torch.arange(len(rows), device=rows.device)
-    new.weight.requires_grad_(linear.weight.requires_grad)
     return new.train(linear.training)
-
-
-def _layer(in_features: int, out_features: int, columns: int, rows: int, bias: bool, like: Tensor) -> nn.Linear:
-    where: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-    if (rows, columns) == (out_features, in_features):
-        return nn.Linear(in_features, out_features, bias, **where)
-    return NarrowLinear(in_features, out_features, columns, rows, bias, **where)

@@ -47,10 +47,10 @@ def test_one_channel_at_every_place():
 
 
 def test_a_narrow_layer_is_a_dense_one_with_zeros():
-    narrow = NarrowLinear(7, 5, 3, 3)
+    narrow = NarrowLinear(7, 5, 3, 3, whole=2)
     with torch.no_grad():
         narrow.inputs.copy_(torch.tensor([0, 4, 6]))
-        narrow.spread.copy_(torch.tensor([0, 1, 3, 3, 2]))
+        narrow.outputs.copy_(torch.tensor([2]))
     dense = torch.nn.Linear(7, 5)
     with torch.no_grad():
         dense.weight.zero_()[[[0], [1], [4]], [0, 4, 6]] = narrow.weight
@@ -121,7 +121,7 @@ def test_fine_tuning():
     assert smaller.state_dict().keys() - make_host("dropout").state_dict().keys() == {
         f"blocks.{block}.{buffer}"
         for block in range(4)
-        for buffer in ("attn.qkv.inputs", "attn.qkv.spread", "attn.proj.inputs", "mlp.fc1.inputs")
+        for buffer in ("attn.qkv.inputs", "attn.qkv.outputs", "attn.proj.inputs", "mlp.fc1.inputs")
     }
 
 
@@ -165,8 +165,9 @@ def dense_with_zeros(smaller, name):
             own = state[key]
             if kind == "weight" and f"{part}.inputs" in state:
                 own = own.new_zeros(len(own), value.shape[1]).index_copy_(1, state[f"{part}.inputs"], own)
-            if f"{part}.spread" in state:
-                own = torch.cat([own, own.new_zeros(1, *own.shape[1:])])[state[f"{part}.spread"]]
+            if f"{part}.outputs" in state:  # rows of all queries and keys, then those of some values
+                rows = torch.cat([torch.arange(64), 64 + state[f"{part}.outputs"]])
+                own = own.new_zeros(96, *own.shape[1:]).index_copy_(0, rows, own)
             value.zero_()[tuple(map(slice, own.shape))] = own  # hidden channels that went are at the end
     return dense
 

@@ -14,13 +14,14 @@ class NarrowLinear(nn.Linear):
     before the product, and behind it the outputs go to their places among zeros.
 
     Attributes:
+        whole: the first so many outputs all have a row of weights.
         inputs: int64 ``[kept inputs]``, the channels that are read; None when all are.
-        spread: int64 ``[out_features]``, the row of ``weight`` that makes each output, or the number of rows for one
-            that is 0; None when there is a row for each.
+        outputs: int64 ``[kept outputs - whole]``, those behind the whole ones that have a row, counted from there; None
+            when all have.
     """
 
     inputs: Tensor | None
-    spread: Tensor | None
+    outputs: Tensor | None
 
     def __init__(
         self,
@@ -31,13 +32,14 @@ class NarrowLinear(nn.Linear):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        whole: int = 0,
     ) -> None:
         super().__init__(kept_inputs, kept_outputs, bias, device, dtype)
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.whole = in_features, out_features, whole
         inputs = None if kept_inputs == in_features else torch.arange(kept_inputs, device=device)
-        rows = torch.arange(out_features, device=device).clamp(max=kept_outputs)
+        outputs = None if kept_outputs == out_features else torch.arange(kept_outputs - whole, device=device)
         self.register_buffer("inputs", inputs)
-        self.register_buffer("spread", None if kept_outputs == out_features else rows)
+        self.register_buffer("outputs", outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
@@ -45,13 +47,18 @@ class NarrowLinear(nn.Linear):
 
     def read(self, x: Tensor) -> Tensor:
         """The input channels that have weights."""
-        return x if self.inputs is None else x.index_select(-1, self.inputs)
+        if self.inputs is None:
+            return x
+        return x.gather(-1, self.inputs.expand(*x.shape[:-1], -1))  # on CPUs several times as fast as index_select
 
     def write(self, out: Tensor, first: int = 0) -> Tensor:
-        """Outputs from ``first`` on in their places, of the rows from ``first`` on: all before it have rows."""
-        if self.spread is None:
+        """All outputs from ``first`` on, which is one of the whole ones, from those that have rows."""
+        if self.outputs is None:
             return out
-        return F.pad(out, (0, 1)).index_select(-1, self.spread[first:] - first if first else self.spread)
+        rest = out[..., self.whole - first :]
+        zeros = rest.new_zeros(*rest.shape[:-1], self.out_features - self.whole)
+        rest = zeros.scatter(-1, self.outputs.expand_as(rest), rest)
+        return torch.cat([out[..., : self.whole - first], rest], -1)
 
     def extra_repr(self) -> str:
         rows, columns = self.weight.shape
