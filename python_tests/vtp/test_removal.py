@@ -12,6 +12,7 @@ from vtp.gated_models import VTP_HOSTS, gated_host, images_for, train_gates, zer
 
 import tokenprune_ext as tokenprune
 from tokenprune_ext import methods, vtp
+from tokenprune_ext.export.onnx import export_onnx
 from tokenprune_ext.macs import block_costs
 from tokenprune_ext.patch.narrow import NarrowLinear
 
@@ -191,3 +192,14 @@ def test_macs():
         assert cost.output == 32 * proj
         assert cost.mlp == (fc1 + 32) * fc2
         assert cost.heads * cost.head_dim == 32
+
+
+def test_onnx(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    smaller = vtp.prune(gated_host(), 0.5)
+    images = images_for(smaller)
+    export_onnx(smaller, tmp_path / "m.onnx")
+    session = runtime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    torch.testing.assert_close(found, smaller(images).detach(), rtol=1e-4, atol=1e-4)
