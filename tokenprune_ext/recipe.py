@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .channels import narrow_to, widths_of
 from .loading import ModelError, check_name, create
+from .patch import UnsupportedModelError
 from .patch.mixin import dense_class
 
 # Arguments of timm's transformers that can be read off a model; the architecture's name stands for the others.
@@ -56,8 +58,13 @@ def recipe_of(model: nn.Module) -> dict[str, Any]:
         raise RecipeError(
             f"{kind.__module__}.{kind.__qualname__} was not made by timm.create_model nor by transformers"
         )
+    dtypes = {key: value.dtype for key, value in model.state_dict().items()}
     try:
-        rebuilt = build(recipe, {key: value.dtype for key, value in model.state_dict().items()})
+        rebuilt = build(recipe, dtypes)
+        widths = _widths(model)
+        if widths != _widths(rebuilt):
+            recipe["widths"] = widths
+            rebuilt = build(recipe, dtypes)
     except ModelError as error:
         raise RecipeError(str(error)) from error
     different = _difference(model, rebuilt)
@@ -82,6 +89,8 @@ def build(recipe: Any, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
         installed = metadata.version(library)
         with torch.random.fork_rng(devices=[]):
             model = makers[library](recipe).eval()
+        if recipe.get("widths") is not None:
+            narrow_to(model, recipe["widths"])
     except metadata.PackageNotFoundError:
         raise ModelError(f"it needs {library}, which is not installed") from None
     except Exception as error:  # whatever a constructor raises
@@ -132,6 +141,14 @@ def _transformers_model(recipe: Mapping[str, Any]) -> nn.Module:
         raise ModelError(f"transformers has no model {recipe['name']!r}")
     config = kind.config_class.from_dict(recipe["config"])
     return kind._from_config(config, attn_implementation=recipe["attention"], dtype=torch.float32)
+
+
+def _widths(model: nn.Module) -> list[list[int]] | None:
+    """Channels at the places where VTP removes them; None for a model of a kind that it does not know."""
+    try:
+        return [list(widths) for widths in widths_of(model)]
+    except UnsupportedModelError:
+        return None
 
 
 def _library(name: str) -> dict[str, str]:
