@@ -18,6 +18,8 @@ def make(host: str = "deit", dtype: torch.dtype = torch.float32, **options: obje
     model = make_host(host, dtype, **options)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        for parameter in predictors_of(add_predictors(model, BEFORE)).parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
+        for stage, predictor in enumerate(predictors_of(add_predictors(model, BEFORE)), 1):
+            for parameter in predictor.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            predictor.out_conv[4].bias.copy_(torch.tensor([0.4 * stage, 0]))  # else none is left in the end
     return model.eval()

@@ -51,7 +51,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, there: list[bool]) 
         seen = [j for j in range(len(k)) if there[j] or j == i]
         weights = [math.exp(scale * float(q[i] @ k[j])) for j in seen]
         total = sum(weights)
-        result.append(
-            [sum(w * float(v[j, c]) for w, j in zip(weights, seen, strict=True)) / total for c in range(len(v[0]))]
-        )
+        mixed = sum(weight * v[j] for weight, j in zip(weights, seen, strict=True)) / total
+        result.append(mixed.tolist())
     return result

@@ -105,7 +105,7 @@ class MaskedViT(nn.Module):
 
 
 def teach(model: nn.Module, images: Tensor) -> Dense:
-    """Logits and patch tokens of a dense model, a timm VisionTransformer, without gradients; its mode is not changed."""
+    """Logits and patch tokens of a dense timm VisionTransformer, without gradients; its mode is not changed."""
     vit: Any = model
     with torch.no_grad():
         x = vit.forward_features(images)
