@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from tokenprune_ext.patch import HostAdapter, Projected, adapter_of, inspect_host, record_of
 from tokenprune_ext.patch.timm_features import embed
 
-from .predictors import Predictor, predictors_of
+from .predictors import predictors_of
 
 
 class Dense(NamedTuple):
@@ -95,7 +95,7 @@ class MaskedViT(nn.Module):
         return Masked(model.forward_head(x), x[:, prefix:], torch.stack(found, 1))
 
     def _decide(
-        self, predictor: Predictor, x: Tensor, mask: Tensor | None, generator: torch.Generator | None
+        self, predictor: nn.Module, x: Tensor, mask: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
         log_probabilities = predictor(x, mask)
         if self.training:
