@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from dynamicvit.models import BEFORE, KEEP, LAYERS, make
@@ -9,7 +11,7 @@ from dynamicvit.slow import attention
 from host_models import images_for
 from torch import Tensor, nn
 
-from tokenprune_ext.dynamicvit import MaskedViT, gumbel_decision, masked_attention, predictors_of, teach
+from tokenprune_ext.dynamicvit import Masked, MaskedViT, gumbel_decision, masked_attention, predictors_of, teach
 from tokenprune_ext.patch import Projected
 from tokenprune_ext.prune import apply, remove, trace
 
@@ -169,11 +171,28 @@ def test_what_cannot_be_trained_is_refused():
         MaskedViT(remove(model))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
-def test_autocast_trains(dtype):
+def test_autocast_trains():
     student = MaskedViT(make()).train()
-    with torch.autocast("cpu", dtype):
+    with torch.autocast("cpu", torch.bfloat16):
         output = student(images_for(student.model))
     output.logits.float().sum().backward()
     assert output.masks.dtype == torch.float32
     assert set(output.masks.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_compiled_training():
+    """One graph, and the gradients of the model as it is; the noise of a compiled forward is drawn otherwise."""
+    student, masks = MaskedViT(make()).train(), random_masks(2)
+    images = images_for(student.model)
+
+    def gradients(run: Callable[..., Masked]) -> list[Tensor | None]:
+        student.zero_grad()
+        run(images, masks).logits.square().sum().backward()
+        return [parameter.grad for parameter in student.model.blocks.parameters()]
+
+    torch.compiler.reset()
+    found = gradients(torch.compile(student, fullgraph=True, backend="aot_eager"))
+    torch.testing.assert_close(found, gradients(student), rtol=1e-4, atol=1e-4)
+    torch.compile(student, fullgraph=True, backend="aot_eager")(images).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in predictors_of(student.model).parameters())
+    torch.compiler.reset()
