@@ -43,8 +43,8 @@ def loss(
         keep: target keep ratio rho in (0, 1] of each stage; rho, rho^2, rho^3, ... of all patches are left behind them.
         criterion: classification loss of logits and labels.
         ratio_weight: weight of the squared distance of each image's kept share from the target, mean over the stages.
-        tokens_weight: weight of the squared distance of the last patch tokens from the teacher's, mean over the
-            tokens that are still there and their channels.
+        tokens_weight: weight of the squared distance of the last patch tokens from the teacher's, mean over their
+            channels, the tokens that are still there, and the images.
         kl_weight: weight of KL(teacher || student) of the class distributions, mean over the images.
 
     Raises:
@@ -72,10 +72,10 @@ def ratio_loss(masks: Tensor, keep: float) -> Tensor:
 
 
 def token_loss(student: Masked, teacher: Dense) -> Tensor:
-    """Mean squared distance of the tokens that are still there from the teacher's; 0 where none is."""
+    """Squared distance of the tokens that are still there from the teacher's: mean over them, then over the images."""
     there = student.masks[:, -1].detach()
     distance = (student.tokens - teacher.tokens).to(there.dtype).square().mean(-1)
-    return (distance * there).sum() / there.sum().clamp_min(1)
+    return ((distance * there).sum(1) / there.sum(1).clamp_min(1)).mean()
 
 
 def kl_loss(student: Tensor, teacher: Tensor) -> Tensor:
