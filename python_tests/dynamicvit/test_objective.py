@@ -64,6 +64,7 @@ def test_predictors_learn_faster():
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(map(id, student.parameters()))
     own = set(map(id, predictors_of(model).parameters()))
+    assert groups[0]["lr_scale"] == 1.0  # the first is the one that is logged
     for group in groups:
         assert len({id(parameter) in own for parameter in group["params"]}) == 1
         assert group["lr_scale"] == (1.0 if id(group["params"][0]) in own else 0.1)

@@ -110,12 +110,14 @@ class DynamicViTObjective:
         return terms.pop("total"), {**terms, "kept": student.masks[:, -1].detach().mean()}
 
     def parameter_groups(self, model: Student, weight_decay: float) -> list[dict[str, Any]]:
-        """Predictors at the full learning rate, the others at a part of it; no decay of biases and norms."""
-        own = {id(parameter) for parameter in predictors_of(model.masked.model).parameters()}
+        """Predictors first, at the full learning rate, the others at a part of it; no decay of biases and norms."""
+        own = list(predictors_of(model.masked.model).parameters())
+        known = set(map(id, own))
+        rest = [parameter for parameter in model.parameters() if id(parameter) not in known]
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for parameter in model.parameters():
-            scale = 1.0 if id(parameter) in own else self.backbone_lr_scale
-            groups.setdefault((scale, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+        for scale, parameters in ((1.0, own), (self.backbone_lr_scale, rest)):
+            for parameter in parameters:
+                groups.setdefault((scale, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
         return [
             {"params": parameters, "lr_scale": scale, "weight_decay": decay}
             for (scale, decay), parameters in groups.items()
