@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .channels import narrow_to, widths_of
+from .dynamicvit.predictors import PREDICTORS, Predictors, add_predictors
 from .loading import ModelError, check_name, create
 from .patch import UnsupportedModelError
 from .patch.mixin import dense_class
@@ -111,7 +112,9 @@ def _timm_recipe(model: Any, kind: type) -> dict[str, Any]:
         if value is not None and _is_plain(value):
             arguments[name] = value
     config = {key: value for key, value in model.pretrained_cfg.items() if _is_plain(value)}
-    return {**_library("timm"), "name": config["architecture"], "arguments": arguments, "pretrained_cfg": config}
+    recipe = {**_library("timm"), "name": config["architecture"], "arguments": arguments, "pretrained_cfg": config}
+    predictors = getattr(model, PREDICTORS, None)
+    return {**recipe, "predictors": list(predictors.before)} if isinstance(predictors, Predictors) else recipe
 
 
 def _timm_model(recipe: Mapping[str, Any]) -> nn.Module:
@@ -124,7 +127,7 @@ def _timm_model(recipe: Mapping[str, Any]) -> nn.Module:
     model.pretrained_cfg = model.default_cfg = {
         key: _as_tuple(value) for key, value in recipe["pretrained_cfg"].items()
     }
-    return model
+    return add_predictors(model, recipe["predictors"]) if "predictors" in recipe else model
 
 
 def _transformers_recipe(model: Any, kind: type) -> dict[str, Any]:
