@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tokenprune_ext import cli_train_vtp
+from tokenprune_ext import cli_values as values
 from tokenprune_ext.cli_training import run, training_options
 
 if TYPE_CHECKING:
     from torch import nn
 
     from tokenprune_ext.train import Objective
+
+_WEIGHT, _SMOOTHING = click.FloatRange(0), click.FloatRange(0, 1, max_open=True)
 
 
 @click.group()
@@ -24,13 +28,8 @@ def train() -> None:
 
 @train.command()
 @training_options
-@click.option("--label-smoothing", type=click.FloatRange(0, 1, max_open=True), default=0.0)
-@click.option(
-    "--distill",
-    type=click.FloatRange(0),
-    default=0.0,
-    help="Weight of the KL divergence from the model at the start.",
-)
+@click.option("--label-smoothing", type=_SMOOTHING, default=0.0)
+@click.option("--distill", type=_WEIGHT, default=0.0, help="Weight of the KL divergence from the model at the start.")
 def finetune(label_smoothing: float, distill: float, **given: Any) -> None:
     """Fine-tune a model on labelled images."""
 
@@ -42,3 +41,35 @@ def finetune(label_smoothing: float, distill: float, **given: Any) -> None:
         return CrossEntropy(label_smoothing, deepcopy(model) if distill else None, distill)
 
     run("finetune", build, {"label_smoothing": label_smoothing, "distill": distill}, given)
+
+
+@train.command()
+@training_options
+@click.option("--keep", type=click.FloatRange(0, 1, min_open=True), default=0.7, help="Keep ratio of each stage.")
+@click.option(
+    "--before", type=values.Layers(), help="Blocks behind the predictors, from 0.  [default: three, evenly spread]"
+)
+@click.option("--backbone-lr-scale", type=_WEIGHT, default=0.01, help="Learning rate of the model over --lr.")
+@click.option("--label-smoothing", type=_SMOOTHING, default=0.0)
+@click.option("--ratio-weight", type=_WEIGHT, default=2.0, help="Of the kept shares' distance from the keep ratios.")
+@click.option("--tokens-weight", type=_WEIGHT, default=0.5, help="Of the kept tokens' distance from the teacher's.")
+@click.option("--kl-weight", type=_WEIGHT, default=0.5, help="Of the KL divergence from the teacher.")
+def dynamicvit(**given: Any) -> None:
+    """DynamicViT: predictors that learn which tokens to keep. The teacher is the model at the start.
+
+    --lr is that of the predictors. What is written, and measured after every epoch, is the pruned model.
+    """
+    names = ("keep", "before", "backbone_lr_scale", "label_smoothing", "ratio_weight", "tokens_weight", "kl_weight")
+    settings = {name: given.pop(name) for name in names}
+
+    def build(model: nn.Module) -> Objective:
+        from copy import deepcopy
+
+        from tokenprune_ext.dynamicvit.objective import DynamicViTObjective
+
+        return DynamicViTObjective(deepcopy(model), **settings)
+
+    run("dynamicvit", build, settings, given)
+
+
+train.add_command(cli_train_vtp.vtp)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from tokenprune_ext import cli_values as values
 if TYPE_CHECKING:
     from torch import nn
 
-    from tokenprune_ext.train import Objective, TrainingData
+    from tokenprune_ext.distributed import Processes
+    from tokenprune_ext.train import Objective, Options, Trained, TrainingData
 
 IMAGES = click.Path(exists=True, path_type=Path)
 _PREPROCESSING = ("mean", "std", "interpolation", "crop_pct")
@@ -91,21 +93,71 @@ def _optimisation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-def run(
-    method: str, build: Callable[[nn.Module], Objective], settings: Mapping[str, Any], given: dict[str, Any]
-) -> None:
-    """Train with the objective that `build` makes from the dense model on its device.
+@dataclass
+class Session:
+    """A command that trains, on one of its processes."""
 
-    Args:
-        method: its name; with `settings`, the method's plain values, part of what a resumed run must share.
-        build: raises ValueError or TypeError for values that do not fit the model.
-        given: values of `training_options`.
-    """
+    group: Processes
+    given: Mapping[str, Any]
+
+    def start(self, build: Callable[[nn.Module], Objective]) -> tuple[nn.Module, Objective, TrainingData, Options]:
+        """The dense model on its device, the objective that `build` makes from it, the images, and how to train.
+
+        `build` raises ValueError or TypeError for values that do not fit the model.
+        """
+        from tokenprune_ext.train import Options
+
+        def prepare() -> tuple[nn.Module, Objective, TrainingData, Options]:
+            with values.usage_error(TypeError, ValueError):
+                options = Options(**{name: self.given[name] for name in Options.__dataclass_fields__})
+                model = _model(self.given).to(self.group.device)
+                return model, build(model), _data(model, self.given), options
+
+        return self.group.together(prepare)
+
+    def train(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        data: TrainingData,
+        options: Options,
+        output: Path,
+        settings: Mapping[str, Any],
+    ) -> Trained:
+        """Train and say where the result is; `settings` are the method's plain values, with its name."""
+        from tokenprune_ext.train import train
+
+        console, tensorboard = values.console(), self.given["tensorboard"]
+        named = _settings(settings, self.given)
+        found = train(
+            model,
+            objective,
+            data,
+            options,
+            output,
+            processes=self.group,
+            settings=named,
+            tensorboard=tensorboard,
+            console=console,
+        )
+        accuracy = "" if found.top1 is None else f", top-1 {found.top1:.2%}"
+        self.say(f"wrote {output / 'model.safetensors'} after {found.steps} steps{accuracy}")
+        return found
+
+    def say(self, text: str) -> None:
+        """Print it once."""
+        if self.group.leads:
+            click.echo(text)
+
+
+@contextmanager
+def session(given: Mapping[str, Any]) -> Iterator[Session]:
+    """The processes of a command with these values of `training_options`, and its errors in one line."""
     with values.explained():
         import torch
 
         from tokenprune_ext.distributed import ProcessError, processes
-        from tokenprune_ext.train import Diverged, Options, RunError, train
+        from tokenprune_ext.train import Diverged, RunError
 
         if given["threads"] is not None:
             torch.set_num_threads(given["threads"])
@@ -115,41 +167,34 @@ def run(
             if not group.leads:
                 warnings.simplefilter("ignore")
                 logging.disable(logging.WARNING)
-
-            def prepare() -> tuple[nn.Module, Objective, TrainingData, Options]:
-                with values.usage_error(TypeError, ValueError):
-                    options = Options(**{name: given[name] for name in Options.__dataclass_fields__})
-                    model = _model(given).to(group.device)
-                    return model, build(model), _data(model, given), options
-
             try:
-                model, objective, data, options = group.together(prepare)
-                found = train(
-                    model,
-                    objective,
-                    data,
-                    options,
-                    given["output"],
-                    processes=group,
-                    settings=_settings(method, settings, given),
-                    tensorboard=given["tensorboard"],
-                    console=values.console(),
-                )
+                yield Session(group, given)
             except RunError as error:
                 raise click.UsageError(str(error)) from error
             except (ProcessError, Diverged) as error:
                 if not group.leads:  # all of them know, one says it
                     raise SystemExit(1) from None
                 raise click.ClickException(str(error)) from error
-            if group.leads:
-                accuracy = "" if found.top1 is None else f", top-1 {found.top1:.2%}"
-                click.echo(f"wrote {given['output'] / 'model.safetensors'} after {found.steps} steps{accuracy}")
 
 
-def _settings(method: str, settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def run(
+    method: str, build: Callable[[nn.Module], Objective], settings: Mapping[str, Any], given: Mapping[str, Any]
+) -> None:
+    """A command that trains once, with the objective that `build` makes from the dense model on its device.
+
+    Args:
+        method: its name; with `settings`, the method's plain values, part of what a resumed run must share.
+        build: see `Session.start`.
+        given: values of `training_options`.
+    """
+    with session(given) as this:
+        this.train(*this.start(build), given["output"], {"method": method, **settings})
+
+
+def _settings(method: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Plain values the weights depend on, beside those that the loop knows of itself."""
     names = ("demo", "model_name", "img_size", "limit", *_PREPROCESSING, *_AUGMENTATION)
-    named = {"method": method, **settings, **{name: given[name] for name in names}}
+    named = {**method, **{name: given[name] for name in names}}
     paths = {name: given[name] and os.path.abspath(given[name]) for name in ("data", "held_out", "labels")}
     return named | paths
 
@@ -160,7 +205,7 @@ def _model(given: Mapping[str, Any]) -> nn.Module:
 
     from tokenprune_ext import demo
     from tokenprune_ext.demo.model import create_model, initialise
-    from tokenprune_ext.loading import check_fit, load_model, read_weights
+    from tokenprune_ext.loading import load_model
 
     named, weights = given["model_name"], given["weights"]
     if given["demo"] == (named is not None):
@@ -177,10 +222,7 @@ def _model(given: Mapping[str, Any]) -> nn.Module:
         if given[name]:
             raise click.UsageError(f"--demo has a model and images of its own: no --{name.replace('_', '-')}")
     if weights is not None:
-        state, small = read_weights(weights), create_model()
-        check_fit(small, state, weights, "the demo model")
-        small.load_state_dict(state)
-        return small.eval()
+        return load_model("vit_demo", weights=weights)
     if not given["scratch"]:
         return demo.load_model()
     fresh = create_model()

@@ -17,6 +17,7 @@ from .dynamicvit.predictors import PREDICTORS, Predictors, add_predictors
 from .loading import ModelError, check_name, create
 from .patch import UnsupportedModelError
 from .patch.mixin import dense_class
+from .vtp.gates import add_gates, gates_of
 
 # Arguments of timm's transformers that can be read off a model; the architecture's name stands for the others.
 _TIMM_ARGUMENTS: Mapping[str, Callable[[Any], Any]] = {
@@ -66,6 +67,9 @@ def recipe_of(model: nn.Module) -> dict[str, Any]:
         if widths != _widths(rebuilt):
             recipe["widths"] = widths
             rebuilt = build(recipe, dtypes)
+        if gates_of(model):
+            recipe["gates"] = True
+            rebuilt = build(recipe, dtypes)
     except ModelError as error:
         raise RecipeError(str(error)) from error
     different = _difference(model, rebuilt)
@@ -92,6 +96,8 @@ def build(recipe: Any, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
             model = makers[library](recipe).eval()
         if recipe.get("widths") is not None:
             narrow_to(model, recipe["widths"])
+        if recipe.get("gates"):
+            add_gates(model)
     except metadata.PackageNotFoundError:
         raise ModelError(f"it needs {library}, which is not installed") from None
     except Exception as error:  # whatever a constructor raises

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 
 import pytest
 import timm
@@ -14,7 +13,7 @@ from vtp.gated_models import gated_host, images_for, train_gates
 
 import tokenprune_ext as tokenprune
 from tokenprune_ext import vtp
-from tokenprune_ext.loading import ModelError
+from tokenprune_ext.loading import ModelError, load_model
 
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 64, "num_classes": 5}
 
@@ -69,14 +68,26 @@ def test_a_dense_model_says_nothing_of_widths(tmp_path):
         assert "widths" not in json.loads(file.metadata()["tokenprune"])["model"]
 
 
-def test_gates_are_saved_as_weights(tmp_path, caplog):
-    model = vtp.add_gates(dense())
-    with caplog.at_level(logging.WARNING, "tokenprune_ext"):
-        tokenprune.save(model, tmp_path / "m.safetensors")
-    assert "loading it needs model=" in caplog.text
-    other = vtp.add_gates(dense())
-    tokenprune.load(tmp_path / "m.safetensors", model=train_gates(other))
-    assert torch.equal(vtp.gates_of(other)["blocks.0.mlp.fc2"], torch.ones(128))
+def test_gates_come_back(tmp_path):
+    model = train_gates(vtp.add_gates(dense()))
+    tokenprune.save(model, tmp_path / "m.safetensors")
+    loaded = tokenprune.load(tmp_path / "m.safetensors")
+    assert torch.equal(loaded(images_for(model)), model(images_for(model)))
+    assert vtp.gates_of(loaded).keys() == vtp.gates_of(model).keys()
+    smaller = vtp.prune(loaded, 0.5)
+    assert torch.equal(smaller(images_for(model)), vtp.prune(model, 0.5)(images_for(model)))
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.7])
+def test_weights_alone_say_which_channels_are_left(tmp_path, rate):
+    """As plain weights, for everything that takes a name and a file."""
+    torch.manual_seed(0)
+    model = vtp.prune(train_gates(vtp.add_gates(timm.create_model("vit_tiny_patch16_224", num_classes=5))), rate).eval()
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    loaded = load_model("vit_tiny_patch16_224", weights=tmp_path / "w.safetensors")
+    assert torch.equal(loaded(images_for(model)), model(images_for(model)))
+    with pytest.raises(ModelError, match="do not fit vit_small_patch16_224"):
+        load_model("vit_small_patch16_224", weights=tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from host_models import make_host, snapshot
 from vtp.gated_models import gated_host, images_for
 
 from tokenprune_ext import UnsupportedModelError, vtp
-from tokenprune_ext.vtp.latency import Surface
+from tokenprune_ext.vtp.width_table import Surface
 
 PLANE = Surface((1, 16, 32), (1, 32), ((2.0, 64.0), (17.0, 79.0), (33.0, 95.0)))  # first + 2 * second - 1
 
@@ -27,6 +27,11 @@ def _weights(block, half=""):
 
 def table(model, **options):
     return vtp.measure_widths(model, images_for(model), budget_s=0, clock=pretend, **options)
+
+
+def as_fast(model, share, **options):
+    options = {"table": table(model), "clock": pretend} | options
+    return vtp.prune_to_latency(model, share, images_for(model), budget_s=0, **options)
 
 
 @pytest.mark.parametrize(("at", "seconds"), [((1, 1), 2), ((32, 32), 95), ((24, 1), 25), ((8, 20), 47), ((40, 99), 95)])
@@ -59,30 +64,56 @@ def test_aligned_widths_are_the_measured_ones():
 @pytest.mark.parametrize("share", [1, 0.8, 0.6])
 def test_as_fast_as_wanted(share, align):
     model = gated_host()
-    smaller = vtp.prune_to_latency(model, share, images_for(model), align=align, table=table(model))
+    found = as_fast(model, share, align=align)
+    smaller = found.model
     seconds, dense = (1000 + sum(map(_weights, each.blocks)) for each in (smaller, make_host("deit")))
     assert share - 0.02 * align**0.5 <= seconds / dense <= share
+    assert found.measured == pytest.approx(seconds / dense)
+    assert found.estimated == pytest.approx(seconds / dense)
     assert all(width % align == 0 for block in vtp.widths_of(smaller) for width in block)
 
 
 def test_channels_go_in_the_order_of_a_rate():
     model = gated_host()
-    by_latency = vtp.prune_to_latency(model, 0.7, images_for(model), table=table(model))
-    widths = vtp.widths_of(by_latency)
+    widths = vtp.widths_of(as_fast(model, 0.7).model)
     rate = 1 - sum(map(sum, widths)) / (4 * 7 * 32)
     assert vtp.widths_of(vtp.prune(model, rate)) == widths
 
 
+@pytest.mark.parametrize("share", [0.85, 0.7])
+def test_an_estimate_that_is_off_is_corrected(share):
+    """On this clock channels save less than the table says."""
+    model = gated_host()
+
+    def slower(call):
+        seconds = pretend(call)
+        dense = 1000.0 + sum(map(_weights, make_host("deit").blocks))
+        return dense * (seconds / dense) ** 0.5
+
+    found = as_fast(model, share, clock=slower)
+    assert share - 0.021 <= found.measured <= share
+    assert found.estimated == pytest.approx(found.measured**2, abs=0.01)
+    assert found.model.training == model.training
+
+
+def test_never_slower_than_asked():
+    """Here whatever was removed, the time stays."""
+    model = gated_host()
+    with pytest.raises(
+        ValueError, match=r"share 0\.9 is not reached: \d models were tried, and the fastest takes 1\.0"
+    ):
+        as_fast(model, 0.9, clock=lambda call: 1.0)
+
+
 def test_out_of_reach():
     model = gated_host()
-    found = table(model)
     with pytest.raises(ValueError, match=r"share 0\.01 is out of reach: the narrowest model takes 0\.\d+"):
-        vtp.prune_to_latency(model, 0.01, images_for(model), table=found)
+        as_fast(model, 0.01)
     for share in (0, -1, 1.5):
         with pytest.raises(ValueError, match=r"share must be in \(0, 1\]"):
-            vtp.prune_to_latency(model, share, images_for(model), table=found)
+            as_fast(model, share)
     with pytest.raises(ValueError, match="no gates"):
-        vtp.prune_to_latency(make_host("deit"), 0.5, images_for(model), table=found)
+        as_fast(make_host("deit"), 0.5, table=table(model))
 
 
 def test_measured_on_this_machine():
@@ -90,7 +121,8 @@ def test_measured_on_this_machine():
     found = vtp.measure_widths(model, images_for(model), points=1, budget_s=0)
     assert all(seconds > 0 for half in (found.attention, found.mlp) for row in half.seconds for seconds in row)
     smaller = vtp.prune_to_latency(model, 1, images_for(model), table=found)
-    assert torch.isfinite(smaller(images_for(model))).all()
+    assert torch.isfinite(smaller.model(images_for(model))).all()
+    assert smaller.measured == 1
 
 
 def test_blocks_that_differ():

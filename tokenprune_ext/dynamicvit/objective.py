@@ -109,9 +109,9 @@ class DynamicViTObjective:
         terms = loss(student, taught, targets, self.keep, criterion=self.criterion, **self.weights)._asdict()
         return terms.pop("total"), {**terms, "kept": student.masks[:, -1].detach().mean()}
 
-    def parameter_groups(self, model: Student, weight_decay: float) -> list[dict[str, Any]]:
+    def parameter_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         """Predictors first, at the full learning rate, the others at a part of it; no decay of biases and norms."""
-        own = list(predictors_of(model.masked.model).parameters())
+        own = list(predictors_of(_student(model).masked.model).parameters())
         known = set(map(id, own))
         rest = [parameter for parameter in model.parameters() if id(parameter) not in known]
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -123,7 +123,12 @@ class DynamicViTObjective:
             for (scale, decay), parameters in groups.items()
         ]
 
-    def finish(self, model: Student) -> nn.Module:
+    def finish(self, model: nn.Module) -> nn.Module:
         """The trained model, pruned by its predictors, in eval mode."""
-        model.eval()
-        return model.masked.model
+        return _student(model).eval().masked.model
+
+
+def _student(model: nn.Module) -> Student:
+    if not isinstance(model, Student):
+        raise TypeError(f"expected what prepare gave, got {type(model).__name__}")
+    return model

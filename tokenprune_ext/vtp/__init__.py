@@ -7,14 +7,16 @@ out is a model for ``tokenprune_ext.apply``.
 from tokenprune_ext.channels import PLACES, Widths, narrow, narrow_to, widths_of
 
 from .gates import LAMBDA, Gated, add_gates, gates_of, penalty, remove_gates
-from .latency import WidthTable, measure_widths, prune_to_latency
-from .prune import prune
+from .latency import AsFast, prune_to_latency
+from .prune import prune, ranking_of
 from .ranking import Ranking, tile_of
 from .report import WidthReport, report
+from .width_table import WidthTable, measure_widths
 
 __all__ = [
     "LAMBDA",
     "PLACES",
+    "AsFast",
     "Gated",
     "Ranking",
     "WidthReport",
@@ -28,6 +30,7 @@ __all__ = [
     "penalty",
     "prune",
     "prune_to_latency",
+    "ranking_of",
     "remove_gates",
     "report",
     "tile_of",

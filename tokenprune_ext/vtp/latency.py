@@ -1,146 +1,118 @@
-"""Remove channels until a model is as fast as wanted, by measured latencies of its blocks at other widths."""
+"""Remove channels until a model is as fast as wanted."""
 
 from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenprune_ext.channels import PLACES, Widths, blocks_of, narrow_block, widths_of
+from tokenprune_ext.channels import PLACES, Widths
 from tokenprune_ext.latency import Clock, time_in_turns
-from tokenprune_ext.patch import UnsupportedModelError, inspect_host
 
 from .gates import remove_gates
 from .prune import ranking_of, removed
 from .ranking import Ranking
+from .width_table import WidthTable, measure_widths
 
 _CANDIDATES = 512  # positions of a ranking that are tried
+_ROUNDS = 6  # of pruning, measuring and correcting the estimate
+_SLACK = 0.02  # a share that is missed by less is met
 
 
 @dataclass(frozen=True)
-class Surface:
-    """Measured seconds of one half of a block over two widths, linear in between.
+class AsFast:
+    """A smaller model and its time.
 
     Attributes:
-        first, second: ascending widths.
-        seconds: ``[len(first)][len(second)]``.
+        model: without gates, in eval mode where the gated one was.
+        measured: its latency over the dense model's, median of the rounds of one interleaved run.
+        estimated: the same by the table of widths.
     """
 
-    first: tuple[int, ...]
-    second: tuple[int, ...]
-    seconds: tuple[tuple[float, ...], ...]
-
-    def __call__(self, first: int, second: int) -> float:
-        """Seconds at these widths; outside of the measured ones, those of the nearest."""
-        (i, x), (j, y) = _between(self.first, first), _between(self.second, second)
-        after = min(j + 1, len(self.second) - 1)
-        low, high = (
-            row[j] * (1 - y) + row[after] * y
-            for row in (self.seconds[i], self.seconds[min(i + 1, len(self.first) - 1)])
-        )
-        return low * (1 - x) + high * x
-
-
-@dataclass(frozen=True)
-class WidthTable:
-    """What the blocks of a model take at all widths, on one device and batch.
-
-    Attributes:
-        attention: over the widths in front of ``attn.qkv`` and ``attn.proj``.
-        mlp: over those in front of ``mlp.fc1`` and ``mlp.fc2``.
-        outside_s: seconds of the model that no block's halves explain.
-    """
-
-    attention: Surface
-    mlp: Surface
-    outside_s: float
-
-    def estimate(self, widths: Sequence[Widths]) -> float:
-        """Seconds of a model whose blocks have these widths."""
-        blocks = (self.attention(qkv, proj) + self.mlp(fc1, fc2) for qkv, proj, fc1, fc2 in widths)
-        return self.outside_s + sum(blocks)
-
-
-def measure_widths(
-    model: nn.Module,
-    images: Tensor,
-    *,
-    points: int = 4,
-    align: int = 1,
-    budget_s: float = 20.0,
-    clock: Clock | None = None,
-) -> WidthTable:
-    """Time both halves of a block over a grid of widths, and the whole model, interleaved.
-
-    Args:
-        model: a dense model, or one with gates, on its device in its dtype; it is not changed.
-        images: the batch ``[B, 3, H, W]``, on the same device.
-        points: widths of every place, evenly spread; one channel is another.
-        align: the widths are multiples of it.
-        budget_s, clock: see ``latency.time_in_turns``.
-
-    Raises:
-        UnsupportedModelError: the blocks differ in their widths.
-    """
-    dense = remove_gates(copy.deepcopy(model)).eval()
-    blocks, full = blocks_of(dense), widths_of(dense)
-    if len(set(full)) > 1:
-        raise UnsupportedModelError("a table of widths needs blocks that are alike; measure before channels go")
-    grids = [_grid(width, points, align) for width in full[0]]
-    host = inspect_host(dense)
-    tokens = torch.randn(len(images), host.num_prefix_tokens + host.num_patches, host.channels)
-    tokens = tokens.to(images)
-    calls: dict[str, Callable[[], object]] = {"model": partial(dense, images)}
-    for half, run, (first, second) in (("attention", _attention, (0, 1)), ("mlp", _mlp, (2, 3))):
-        for pair in product(grids[first], grids[second]):
-            widths = [1] * len(PLACES)  # the other half is not run
-            widths[first], widths[second] = pair
-            block = copy.deepcopy(blocks[0])
-            narrow_block(block, [torch.arange(width) for width in widths])
-            calls[f"{half} {pair}"] = partial(run, block, tokens)
-    with torch.inference_mode(), torch.cuda.device(images.device) if images.is_cuda else nullcontext():
-        times = time_in_turns(calls, cuda=images.is_cuda, budget_s=budget_s, clock=clock)
-    median = {name: statistics.median(rounds) for name, rounds in times.items()}
-    attention, mlp = (
-        Surface(a, b, tuple(tuple(median[f"{half} {(x, y)}"] for y in b) for x in a))
-        for half, a, b in (("attention", grids[0], grids[1]), ("mlp", grids[2], grids[3]))
-    )
-    blocks_s = len(blocks) * (attention.seconds[-1][-1] + mlp.seconds[-1][-1])
-    return WidthTable(attention, mlp, max(0.0, median["model"] - blocks_s))
+    model: nn.Module
+    measured: float
+    estimated: float
 
 
 def prune_to_latency(
-    model: nn.Module, share: float, images: Tensor, *, align: int | str | Path = 1, table: WidthTable | None = None
-) -> nn.Module:
-    """A smaller copy of a model with gates that takes ``share`` of the dense model's time, by the table's estimate.
+    model: nn.Module,
+    share: float,
+    images: Tensor,
+    *,
+    align: int | str | Path = 1,
+    table: WidthTable | None = None,
+    budget_s: float = 10.0,
+    clock: Clock | None = None,
+) -> AsFast:
+    """A smaller copy of a model with gates that takes ``share`` of the dense model's time, measured.
 
-    Channels go in the order of :func:`~tokenprune_ext.vtp.prune`, until the estimate is reached.
+    Channels go in the order of :func:`~tokenprune_ext.vtp.prune`. A table of widths says how many have to; the model
+    that comes out is timed beside the dense one, and the table's answer corrected by what was found, until the model
+    takes ``share`` of the time or up to 0.02 less.
 
     Args:
         model: a model with gates, on its device; it is not changed.
         share: wanted latency over the dense model's, in (0, 1].
         images: a batch ``[B, 3, H, W]`` of the size that counts.
         align: see :func:`~tokenprune_ext.vtp.prune`.
-        table: from :func:`measure_widths`; measured here by default.
+        table: from :func:`measure_widths`; measured here by default, for twice the budget.
+        budget_s: seconds for each of up to six comparisons with the dense model.
+        clock: see ``latency.time_in_turns``.
+
+    Returns:
+        Of the models that were tried and took no more than ``share``, the one with the most channels.
 
     Raises:
-        ValueError: no gates, a share outside (0, 1], or one that even the narrowest model misses.
+        ValueError: no gates, a share outside (0, 1], or one that no model that was tried keeps to.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {share}")
     ranking = ranking_of(model, align)
     if table is None:
-        table = measure_widths(model, images, align=ranking.align)
-    return removed(model, ranking, fastest_enough(ranking, table, share))
+        table = measure_widths(model, images, align=ranking.align, budget_s=2 * budget_s, clock=clock)
+    if share == 1:
+        return AsFast(removed(model, ranking, len(ranking.totals) - 1), 1.0, 1.0)
+    dense = remove_gates(copy.deepcopy(model)).eval()
+    whole = table.estimate(_widths(ranking, len(ranking.totals) - 1))
+    wanted, tried = share, dict[int, AsFast]()
+    while len(tried) < _ROUNDS:
+        try:
+            position = fastest_enough(ranking, table, wanted)
+        except ValueError:
+            if tried:
+                break
+            raise
+        if position in tried:
+            break
+        smaller = removed(model, ranking, position)
+        measured = _share_of_time(smaller, dense, images, budget_s, clock)
+        tried[position] = AsFast(smaller, measured, table.estimate(_widths(ranking, position)) / whole)
+        if share - _SLACK <= measured <= share:
+            break
+        wanted = min(1.0, wanted * (share - _SLACK / 2) / measured)
+    fast = [position for position, found in tried.items() if found.measured <= share]
+    if not fast:
+        closest = min(found.measured for found in tried.values())
+        raise ValueError(
+            f"share {share} is not reached: {len(tried)} models were tried, and the fastest takes {closest:.3f} of "
+            "the dense one's time"
+        )
+    return tried[max(fast)]
+
+
+def _share_of_time(smaller: nn.Module, dense: nn.Module, images: Tensor, budget_s: float, clock: Clock | None) -> float:
+    mode = smaller.training
+    calls = {"dense": partial(dense, images), "smaller": partial(smaller.eval(), images)}
+    with torch.inference_mode(), torch.cuda.device(images.device) if images.is_cuda else nullcontext():
+        times = time_in_turns(calls, cuda=images.is_cuda, budget_s=budget_s, clock=clock)
+    smaller.train(mode)
+    return statistics.median(one / other for one, other in zip(times["smaller"], times["dense"], strict=True))
 
 
 def fastest_enough(ranking: Ranking, table: WidthTable, share: float) -> int:
@@ -162,27 +134,3 @@ def fastest_enough(ranking: Ranking, table: WidthTable, share: float) -> int:
 def _widths(ranking: Ranking, position: int) -> list[Widths]:
     flat = iter(ranking.widths(position).values())
     return list(zip(*[flat] * len(PLACES), strict=True))
-
-
-def _attention(block: Any, x: Tensor) -> Tensor:
-    out: Tensor = block.attn(block.norm1(x))
-    return out
-
-
-def _mlp(block: Any, x: Tensor) -> Tensor:
-    out: Tensor = block.mlp(block.norm2(x))
-    return out
-
-
-def _grid(width: int, points: int, align: int) -> tuple[int, ...]:
-    """Ascending widths up to a place's own, in multiples of ``align``, the smallest first."""
-    even = (-(-width * step // points) for step in range(1, points + 1))
-    return tuple(sorted({min(width, align), *(min(width, -(-value // align) * align) for value in even)}))
-
-
-def _between(grid: tuple[int, ...], value: int) -> tuple[int, float]:
-    """The position in a grid below a value, and how far on the way to the next one it is."""
-    below = max((index for index, point in enumerate(grid) if point <= value), default=0)
-    if below + 1 == len(grid) or value < grid[0]:
-        return below, 0.0
-    return below, (value - grid[below]) / (grid[below + 1] - grid[below])
