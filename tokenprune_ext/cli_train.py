@@ -54,22 +54,27 @@ def finetune(label_smoothing: float, distill: float, **given: Any) -> None:
 @click.option("--ratio-weight", type=_WEIGHT, default=2.0, help="Of the kept shares' distance from the keep ratios.")
 @click.option("--tokens-weight", type=_WEIGHT, default=0.5, help="Of the kept tokens' distance from the teacher's.")
 @click.option("--kl-weight", type=_WEIGHT, default=0.5, help="Of the KL divergence from the teacher.")
-def dynamicvit(**given: Any) -> None:
+def dynamicvit(before: list[int] | None, **given: Any) -> None:
     """DynamicViT: predictors that learn which tokens to keep. The teacher is the model at the start.
 
     --lr is that of the predictors. What is written, and measured after every epoch, is the pruned model.
     """
-    names = ("keep", "before", "backbone_lr_scale", "label_smoothing", "ratio_weight", "tokens_weight", "kl_weight")
+    names = ("keep", "backbone_lr_scale", "label_smoothing", "ratio_weight", "tokens_weight", "kl_weight")
     settings = {name: given.pop(name) for name in names}
 
     def build(model: nn.Module) -> Objective:
         from copy import deepcopy
 
+        from tokenprune_ext.dynamicvit import add_predictors
         from tokenprune_ext.dynamicvit.objective import DynamicViTObjective
+        from tokenprune_ext.dynamicvit.predictors import PREDICTORS
 
-        return DynamicViTObjective(deepcopy(model), **settings)
+        objective = DynamicViTObjective(deepcopy(model), **settings)
+        if not hasattr(model, PREDICTORS):
+            add_predictors(model, before)
+        return objective
 
-    run("dynamicvit", build, settings, given)
+    run("dynamicvit", build, {**settings, "before": before}, given)
 
 
 train.add_command(cli_train_vtp.vtp)

@@ -23,7 +23,7 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
 _OWN = ("rate", "by_latency", "latency_batch_size", "align", "finetune_epochs", "finetune_lr")
 
 
-class _Align(click.ParamType):
+class _Align(click.ParamType[int | str]):
     name = "INTEGER|DEVICE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
@@ -39,12 +39,13 @@ class _Align(click.ParamType):
     "--align", type=_Align(), default=1, help="Kept widths are multiples of it: 8, 16, 64, or a device's tile."
 )
 @click.option("--l1", type=click.FloatRange(0), default=1e-4, help="Weight of the sum of |gate|.")
+@click.option("--gate-lr-scale", type=click.FloatRange(0), default=1.0, help="Learning rate of the gates over --lr.")
 @click.option("--label-smoothing", type=_SHARE, default=0.0)
 @click.option("--finetune-epochs", type=click.IntRange(0), help="Of the smaller model.  [default: as --epochs]")
 @click.option(
     "--finetune-lr", type=click.FloatRange(0, min_open=True), help="Of the smaller model.  [default: as --lr]"
 )
-def vtp(l1: float, label_smoothing: float, **given: Any) -> None:
+def vtp(l1: float, gate_lr_scale: float, label_smoothing: float, **given: Any) -> None:
     """VTP: train with gates, remove channels, fine-tune.
 
     OUTPUT is the run with gates. What is removed goes by its name: OUTPUT/rate-0.4.safetensors, and fine-tuned
@@ -58,11 +59,11 @@ def vtp(l1: float, label_smoothing: float, **given: Any) -> None:
         from tokenprune_ext.vtp.objective import SparsityObjective
 
         _check(model, asked)
-        return SparsityObjective(l1, label_smoothing)
+        return SparsityObjective(l1, gate_lr_scale, label_smoothing)
 
     with session(given) as this:
         model, objective, data, options = this.start(build)
-        settings = {"method": "vtp", "l1": l1, "label_smoothing": label_smoothing}
+        settings = {"method": "vtp", "l1": l1, "gate_lr_scale": gate_lr_scale, "label_smoothing": label_smoothing}
         gated = this.train(model, objective, data, options, given["output"], settings).model
         smaller, file = _smaller(this, gated, asked)
         epochs, lr = asked.pop("finetune_epochs"), asked.pop("finetune_lr")

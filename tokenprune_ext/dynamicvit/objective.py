@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from tokenprune_ext.patch import inspect_host
 from tokenprune_ext.prune import apply, remove
 from tokenprune_ext.schedule import Schedule
+from tokenprune_ext.train.objective import groups_at
 
 from .losses import loss
 from .masked import Masked, MaskedViT, teach
@@ -114,14 +115,7 @@ class DynamicViTObjective:
         own = list(predictors_of(_student(model).masked.model).parameters())
         known = set(map(id, own))
         rest = [parameter for parameter in model.parameters() if id(parameter) not in known]
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for scale, parameters in ((1.0, own), (self.backbone_lr_scale, rest)):
-            for parameter in parameters:
-                groups.setdefault((scale, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
-        return [
-            {"params": parameters, "lr_scale": scale, "weight_decay": decay}
-            for (scale, decay), parameters in groups.items()
-        ]
+        return groups_at([(own, 1.0), (rest, self.backbone_lr_scale)], weight_decay)
 
     def finish(self, model: nn.Module) -> nn.Module:
         """The trained model, pruned by its predictors, in eval mode."""

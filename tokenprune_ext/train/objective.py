@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -44,6 +45,21 @@ class GroupedObjective(Objective, Protocol):
     def parameter_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         """Groups of the parameters of what `prepare` gave; `lr_scale` of a group multiplies its learning rate."""
         ...
+
+
+def groups_at(parts: Sequence[tuple[Iterable[nn.Parameter], float]], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for an optimiser of parameters with the `lr_scale` of each; vectors (biases, norms) do not decay.
+
+    The first part should have a scale of 1: it is its learning rate that is logged.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameters, scale in parts:
+        for parameter in parameters:
+            groups.setdefault((scale, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+    return [
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in groups.items()
+    ]
 
 
 class CrossEntropy:
