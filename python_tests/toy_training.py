@@ -17,7 +17,9 @@ from timm.data.transforms_factory import create_transform
 from timm.models.vision_transformer import VisionTransformer
 
 from tokenprune_ext.distributed import processes
-from tokenprune_ext.train import CrossEntropy, Options, Trained, TrainingData, train
+from tokenprune_ext.dynamicvit.objective import DynamicViTObjective
+from tokenprune_ext.train import CrossEntropy, Objective, Options, Trained, TrainingData, train
+from tokenprune_ext.vtp.objective import SparsityObjective
 
 CLASSES, SIDE = 3, 16
 
@@ -55,12 +57,27 @@ def options(**changed: Any) -> Options:
     return Options(**{**given, **changed})
 
 
-def toy(output: Path, drop: float = 0.0, smoothing: float = 0.1, held_out: int = 6, **changed: Any) -> Trained:
+def objective_of(method: str, smoothing: float) -> Objective:
+    if method == "vtp":
+        return SparsityObjective(1e-2, 10.0, smoothing)
+    if method == "dynamicvit":
+        return DynamicViTObjective(small_vit(), 0.5, before=[1], label_smoothing=smoothing, backbone_lr_scale=0.5)
+    return CrossEntropy(smoothing)
+
+
+def toy(
+    output: Path,
+    drop: float = 0.0,
+    smoothing: float = 0.1,
+    held_out: int = 6,
+    method: str = "finetune",
+    **changed: Any,
+) -> Trained:
     """A run of this process or, under torchrun's variables, of several."""
     torch.set_num_threads(1)
     with processes("cpu") as group:
         data, how = colours(held_out=held_out), options(**changed)
-        return train(small_vit(drop), CrossEntropy(smoothing), data, how, output, processes=group)
+        return train(small_vit(drop), objective_of(method, smoothing), data, how, output, processes=group)
 
 
 def forked(target: Callable[..., Any], *args: Any, count: int = 1, **kwargs: Any) -> list[int]:

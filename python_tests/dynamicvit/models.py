@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from host_models import make_host
 from torch import nn
@@ -23,3 +25,8 @@ def make(host: str = "deit", dtype: torch.dtype = torch.float32, **options: obje
                 parameter.add_(torch.randn_like(parameter) * 0.3)
             predictor.out_conv[4].bias.copy_(torch.tensor([0.4 * stage, 0]))  # else none is left in the end
     return model.eval()
+
+
+def noise_of(seed):
+    """What fills a tensor with exponential noise, call after call."""
+    return partial(torch.Tensor.exponential_, generator=torch.Generator().manual_seed(seed))

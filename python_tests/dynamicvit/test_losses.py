@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dynamicvit.models import make
+from dynamicvit.models import make, noise_of
 from host_models import images_for
 from torch.nn import functional as F
 
@@ -65,11 +65,11 @@ def test_a_bad_target_is_refused(keep):
 @pytest.mark.parametrize("keep", [0.5, 0.8])
 def test_ratio_loss_pushes_the_kept_share_to_the_target(keep):
     student = MaskedViT(make("deit", img_size=96)).train()
-    images, noise = images_for(student.model, batch=8), torch.Generator().manual_seed(0)
+    images, noise = images_for(student.model, batch=8), noise_of(0)
     optimizer = torch.optim.Adam(predictors_of(student.model).parameters(), lr=1e-2)
     history = []
     for _ in range(100):
-        masks = student(images, generator=noise).masks
+        masks = student(images, noise=noise).masks
         history.append(masks.detach().mean((0, 2)))
         optimizer.zero_grad()
         ratio_loss(masks, keep).backward()
@@ -82,13 +82,13 @@ def test_ratio_loss_pushes_the_kept_share_to_the_target(keep):
 def test_training_lowers_the_objective():
     """Labels from a teacher: a student with the same weights and few tokens gets closer to it."""
     teacher, student = make(), MaskedViT(make()).train()
-    images, noise = images_for(teacher, batch=8), torch.Generator().manual_seed(0)
+    images, noise = images_for(teacher, batch=8), noise_of(0)
     taught = teach(teacher, images)
     labels = taught.logits.argmax(1)
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
     totals = []
     for _ in range(40):
-        found = loss(student(images, generator=noise), taught, labels, 0.7)
+        found = loss(student(images, noise=noise), taught, labels, 0.7)
         totals.append(found.total.item())
         optimizer.zero_grad()
         found.total.backward()

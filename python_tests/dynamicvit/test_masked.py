@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dynamicvit.models import BEFORE, KEEP, LAYERS, make
+from dynamicvit.models import BEFORE, KEEP, LAYERS, make, noise_of
 from dynamicvit.slow import attention
 from host_models import images_for
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def test_predictors_choose_by_what_the_masked_model_shows_them(mode):
     masked = getattr(MaskedViT(model), mode)()
     images = images_for(model, batch=1)
     with torch.no_grad():
-        output = masked(images, generator=torch.Generator().manual_seed(3))
+        output = masked(images, noise=noise_of(3))
         x, left, noise = model._pos_embed(model.patch_embed(images)), torch.arange(16), torch.Generator().manual_seed(3)
         for index, block in enumerate(model.blocks):
             if index in BEFORE:
@@ -121,7 +121,7 @@ def test_noise_comes_from_the_generator():
     images = images_for(model.model, batch=4)
 
     def masks(seed: int) -> Tensor:
-        return model(images, generator=torch.Generator().manual_seed(seed)).masks
+        return model(images, noise=noise_of(seed)).masks
 
     assert torch.equal(masks(0), masks(0))
     assert not torch.equal(masks(0), masks(1))
@@ -135,7 +135,7 @@ def test_gradients_reach_every_predictor_through_the_logits_alone(checkpointing)
     model.set_grad_checkpointing(checkpointing)
     student = MaskedViT(model).train()
     images = images_for(model)
-    student(images, generator=torch.Generator().manual_seed(0)).logits.square().sum().backward()
+    student(images, noise=noise_of(0)).logits.square().sum().backward()
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name

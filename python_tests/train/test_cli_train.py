@@ -104,7 +104,7 @@ def test_wrong_files(inputs: Path, tmp_path: Path) -> None:
         assert done.exit_code == 2, done.output
         assert said in " ".join(done.output.split())
     demo = run("--demo", "--weights", inputs / "w.safetensors", "--output", tmp_path / "run")
-    assert "do not fit the demo model" in demo.output
+    assert "do not fit vit_demo" in demo.output
     assert not (tmp_path / "run").exists()
 
 

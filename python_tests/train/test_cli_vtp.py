@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from toy_training import rows
+from safetensors.torch import load_file
+from toy_training import forked, rows
 
 from tokenprune_ext import checkpoint, schedule_of, vtp
 from tokenprune_ext.cli_train import train
@@ -75,6 +79,33 @@ def test_other_settings_are_refused(inputs: Path, tmp_path: Path) -> None:
         assert done.exit_code == 2, done.output
         assert said in " ".join(done.output.split())
     assert {file: file.read_bytes() for file in before} == before
+
+
+@pytest.mark.parametrize("call", [2, 3, 4])  # before the smaller model, before the fine-tuned one, and after all
+def test_killed_between_the_parts(inputs: Path, tmp_path: Path, call: int) -> None:
+    """Files of models are written one after the other: gates, smaller, fine-tuned."""
+    files = ("model.safetensors", "rate-0.4.safetensors", "rate-0.4/model.safetensors")
+
+    def killed() -> None:
+        real, calls = checkpoint.save, [0]
+
+        def save(*args: Any) -> None:
+            calls[0] += 1
+            if calls[0] == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(*args)
+
+        checkpoint.save = save
+        assert run("vtp", inputs, tmp_path / "run", "--rate", 0.4).exit_code == 0
+
+    assert forked(killed) == [-signal.SIGKILL if call < 4 else 0]
+    assert [(tmp_path / "run" / file).exists() for file in files] == [number < call - 1 for number in range(3)]
+    assert run("vtp", inputs, tmp_path / "run", "--rate", 0.4).exit_code == 0
+    assert run("vtp", inputs, tmp_path / "whole", "--rate", 0.4).exit_code == 0
+    for file in files:
+        ours, theirs = (load_file(tmp_path / folder / file) for folder in ("run", "whole"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def test_by_latency(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,20 @@ def test_killed_at_every_step(whole: Path, tmp_path: Path) -> None:
     assert ours["step"] == STEPS
 
 
+@pytest.mark.parametrize("method", ["vtp", "dynamicvit"])
+def test_methods(tmp_path: Path, method: str) -> None:
+    how = {**SETTINGS, "method": method}
+    assert forked(toy, tmp_path / "whole", **how) == [0]
+
+    def killed() -> None:
+        MOMENTS["after a step that is not saved"]()
+        toy(tmp_path / "run", **how)
+
+    assert forked(killed) == [-signal.SIGKILL]
+    assert forked(toy, tmp_path / "run", **how) == [0]
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
 def test_a_finished_run_stays(whole: Path, tmp_path: Path) -> None:
     assert forked(toy, tmp_path / "run", **SETTINGS) == [0]
     assert toy(tmp_path / "run", **SETTINGS).resumed_at == STEPS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from tokenprune_ext.patch import HostAdapter, Projected, adapter_of, inspect_hos
 from tokenprune_ext.patch.timm_features import embed
 
 from .predictors import predictors_of
+
+Noise = Callable[[Tensor], Tensor]
 
 
 class Dense(NamedTuple):
@@ -65,14 +68,14 @@ class MaskedViT(nn.Module):
             raise ValueError("the model is pruned: call tokenprune_ext.remove before it is trained")
         self.model = model
 
-    def forward(self, images: Tensor, masks: Tensor | None = None, generator: torch.Generator | None = None) -> Masked:
+    def forward(self, images: Tensor, masks: Tensor | None = None, noise: Noise = Tensor.exponential_) -> Masked:
         """Logits, tokens and decisions of images ``[B, 3, H, W]``.
 
         Args:
             images: of the model's size.
             masks: decisions to use in place of the predictors', ``[B, stages, n]``; a token that was dropped once
                 stays so.
-            generator: where the noise comes from, on the device of the images; None for torch's default.
+            noise: fills a tensor ``[B, n, 2]`` with exponential noise and returns it.
         """
         model: Any = self.model
         predictors, adapter, prefix = predictors_of(model), adapter_of(model), model.num_prefix_tokens
@@ -83,7 +86,7 @@ class MaskedViT(nn.Module):
                 stage = len(found)
                 before = found[-1] if found else None
                 decision = (
-                    self._decide(predictors[stage], x[:, prefix:], before, generator)
+                    self._decide(predictors[stage], x[:, prefix:], before, noise)
                     if masks is None
                     else masks[:, stage].to(torch.promote_types(x.dtype, torch.float32))
                 )
@@ -94,12 +97,10 @@ class MaskedViT(nn.Module):
         x = model.norm(x)
         return Masked(model.forward_head(x), x[:, prefix:], torch.stack(found, 1))
 
-    def _decide(
-        self, predictor: nn.Module, x: Tensor, mask: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
+    def _decide(self, predictor: nn.Module, x: Tensor, mask: Tensor | None, noise: Noise) -> Tensor:
         log_probabilities = predictor(x, mask)
         if self.training:
-            return gumbel_decision(log_probabilities, generator)
+            return gumbel_decision(log_probabilities, noise)
         keep, drop = log_probabilities.unbind(-1)
         return (keep >= drop).to(keep.dtype)
 
@@ -112,13 +113,12 @@ def teach(model: nn.Module, images: Tensor) -> Dense:
         return Dense(vit.forward_head(x), x[:, vit.num_prefix_tokens :])
 
 
-def gumbel_decision(log_probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def gumbel_decision(log_probabilities: Tensor, noise: Noise = Tensor.exponential_) -> Tensor:
     """1 for every token that is kept and 0 for the others ``[B, n]``, sampled from ``[B, n, 2]``: (keep, drop).
 
     Straight through: exact zeros and ones, with the gradient of the Gumbel-softmax at temperature 1.
     """
-    noise = torch.empty_like(log_probabilities).exponential_(generator=generator).log().neg()
-    soft = (log_probabilities + noise).softmax(-1)
+    soft = (log_probabilities - noise(torch.empty_like(log_probabilities)).log()).softmax(-1)
     keep, drop = soft.unbind(-1)
     return (keep >= drop).to(keep.dtype) + (keep - keep.detach())
 

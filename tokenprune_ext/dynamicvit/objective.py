@@ -1,4 +1,4 @@
-"""DynamicViT as an objective of the training loop (``tokenprune_ext.train.GroupedObjective``)."""
+"""DynamicViT as an objective of the training loop (a ``GroupedObjective`` and ``DrawingObjective``)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from tokenprune_ext.patch import inspect_host
 from tokenprune_ext.prune import apply, remove
 from tokenprune_ext.schedule import Schedule
 from tokenprune_ext.train.objective import groups_at
+from tokenprune_ext.train.randomness import Draws
 
 from .losses import loss
-from .masked import Masked, MaskedViT, teach
+from .masked import Masked, MaskedViT, Noise, teach
 from .predictors import PREDICTORS, add_predictors, predictors_of
 
 
@@ -42,9 +43,9 @@ class Student(nn.Module):
             apply(self.masked.model, self.schedule)
         return self
 
-    def forward(self, images: Tensor) -> Masked | Tensor:
+    def forward(self, images: Tensor, noise: Noise = Tensor.exponential_) -> Masked | Tensor:
         """What ``MaskedViT`` gives in training mode; class scores ``[B, classes]`` of the pruned model in eval mode."""
-        return self.masked(images) if self.training else self.masked.model(images)
+        return self.masked(images, noise=noise) if self.training else self.masked.model(images)
 
 
 class DynamicViTObjective:
@@ -85,6 +86,7 @@ class DynamicViTObjective:
             raise ValueError(f"keep must be in (0, 1], got {keep}")
         self.teacher, self.keep, self.before = teacher, float(keep), before
         self.backbone_lr_scale = backbone_lr_scale
+        self.draws: Draws | None = None
         self.weights, self.criterion = weights, partial(F.cross_entropy, label_smoothing=label_smoothing)
 
     def prepare(self, model: nn.Module) -> Student:
@@ -105,7 +107,7 @@ class DynamicViTObjective:
 
     def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective of ``losses.loss``, its terms, and the share of tokens behind the last stage."""
-        student = model(images)
+        student = model(images, Tensor.exponential_ if self.draws is None else self.draws.exponential)
         taught = teach(self.teacher, images)
         terms = loss(student, taught, targets, self.keep, criterion=self.criterion, **self.weights)._asdict()
         return terms.pop("total"), {**terms, "kept": student.masks[:, -1].detach().mean()}

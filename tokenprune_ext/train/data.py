@@ -76,8 +76,11 @@ class Plan(Sampler[list[Key]]):
         """This process's images of a step; where it has none, one that does not count."""
         epoch, number = divmod(step, self.steps_per_epoch)
         first = number * self.options.batch_size
-        places = share(self.size(step), self.processes.rank, self.processes.count) or [0]
-        return [(epoch, self._order(epoch)[first + place]) for place in places]
+        return [(epoch, self._order(epoch)[first + place]) for place in self.places(step)]
+
+    def places(self, step: int) -> list[int]:
+        """Of those images among all of the step."""
+        return share(self.size(step), self.processes.rank, self.processes.count) or [0]
 
     def __len__(self) -> int:
         return self.steps - self.start

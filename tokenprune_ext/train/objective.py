@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .randomness import Draws
+
 
 class Objective(Protocol):
     """A method that trains. The loop calls the three in this order, with the model on its device."""
@@ -45,6 +47,17 @@ class GroupedObjective(Objective, Protocol):
     def parameter_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         """Groups of the parameters of what `prepare` gave; `lr_scale` of a group multiplies its learning rate."""
         ...
+
+
+@runtime_checkable
+class DrawingObjective(Objective, Protocol):
+    """An objective whose loss draws random numbers for every image.
+
+    Attributes:
+        draws: where from; the loop sets it before every loss.
+    """
+
+    draws: Draws | None
 
 
 def groups_at(parts: Sequence[tuple[Iterable[nn.Parameter], float]], weight_decay: float) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-ORDER, IMAGE, MIX, PROCESS = range(4)  # streams of random numbers of a run
+ORDER, IMAGE, MIX, PROCESS, DRAWS = range(5)  # streams of random numbers of a run
 
 
 def seed(*key: int) -> None:
@@ -54,3 +54,23 @@ def restore(stored: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(stored["torch"])
     if stored["device"] is not None:
         torch.cuda.set_rng_state(stored["device"], device)
+
+
+class Draws:
+    """Random numbers for the images of a batch: the same on any number of processes, and in a run that was resumed.
+
+    Args:
+        key: of the step.
+        places: of the images among all of the step.
+        count: images of the step, over all processes.
+    """
+
+    def __init__(self, key: tuple[int, ...], places: torch.Tensor, count: int) -> None:
+        stream = np.random.SeedSequence((*key[:1], DRAWS, *key[1:])).generate_state(1)[0]
+        self.places, self.count = places, count
+        self.generator = torch.Generator().manual_seed(int(stream))
+
+    def exponential(self, out: torch.Tensor) -> torch.Tensor:
+        """Fill a tensor ``[images, ...]`` with exponential noise, and return it."""
+        everyone = torch.empty((self.count, *out.shape[1:]), dtype=out.dtype)
+        return out.copy_(everyone.exponential_(generator=self.generator)[self.places])

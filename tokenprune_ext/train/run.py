@@ -22,8 +22,9 @@ from tokenprune_ext.sharded import evaluate_sharded
 from . import randomness, state
 from .data import Plan, TrainingData, Transform, mixer
 from .log import Log
-from .objective import GroupedObjective, Objective
+from .objective import DrawingObjective, GroupedObjective, Objective
 from .options import Options
+from .randomness import Draws
 from .state import Diverged
 
 _DTYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,6 +57,7 @@ class Run:
         stored: Mapping[str, Any] | None,
     ) -> None:
         self.options, self.data, self.output, self.group, self.settings = options, data, output, group, settings
+        self.objective = objective
         torch.manual_seed(options.seed)
         self.model = objective.prepare(model)
         self.optimizer = _optimizer(objective, self.model, options)
@@ -93,8 +95,11 @@ class Run:
         self.lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
-        pieces = list(zip(images.chunk(self.options.accumulate), targets.chunk(self.options.accumulate), strict=True))
-        for number, (some, theirs) in enumerate(pieces, 1):
+        places = torch.tensor(self.plan.places(self.step))
+        pieces = list(zip(*(each.chunk(self.options.accumulate) for each in (images, targets, places)), strict=True))
+        for number, (some, theirs, where) in enumerate(pieces, 1):
+            if isinstance(self.objective, DrawingObjective):
+                self.objective.draws = Draws((self.options.seed, self.step), where, count)
             weight = counted * len(some) / count
             with nullcontext() if number == len(pieces) else self._without_exchange():
                 with self._autocast():
