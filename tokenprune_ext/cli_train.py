@@ -27,9 +27,9 @@ def train() -> None:
 
 
 @train.command()
-@training_options
 @click.option("--label-smoothing", type=_SMOOTHING, default=0.0)
 @click.option("--distill", type=_WEIGHT, default=0.0, help="Weight of the KL divergence from the model at the start.")
+@training_options
 def finetune(label_smoothing: float, distill: float, **given: Any) -> None:
     """Fine-tune a model on labelled images."""
 
@@ -44,7 +44,6 @@ def finetune(label_smoothing: float, distill: float, **given: Any) -> None:
 
 
 @train.command()
-@training_options
 @click.option("--keep", type=click.FloatRange(0, 1, min_open=True), default=0.7, help="Keep ratio of each stage.")
 @click.option(
     "--before", type=values.Layers(), help="Blocks behind the predictors, from 0.  [default: three, evenly spread]"
@@ -54,6 +53,7 @@ def finetune(label_smoothing: float, distill: float, **given: Any) -> None:
 @click.option("--ratio-weight", type=_WEIGHT, default=2.0, help="Of the kept shares' distance from the keep ratios.")
 @click.option("--tokens-weight", type=_WEIGHT, default=0.5, help="Of the kept tokens' distance from the teacher's.")
 @click.option("--kl-weight", type=_WEIGHT, default=0.5, help="Of the KL divergence from the teacher.")
+@training_options
 def dynamicvit(before: list[int] | None, **given: Any) -> None:
     """DynamicViT: predictors that learn which tokens to keep. The teacher is the model at the start.
 

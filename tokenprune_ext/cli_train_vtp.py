@@ -31,7 +31,6 @@ class _Align(click.ParamType[int | str]):
 
 
 @click.command()
-@training_options
 @click.option("--rate", type=float, help="Share of all channels to remove, in [0, 1).")
 @click.option("--by-latency", type=float, metavar="SHARE", help="Instead: latency over the dense model's, measured.")
 @click.option("--latency-batch-size", type=click.IntRange(1), default=1, help="Batch whose latency counts.")
@@ -45,6 +44,7 @@ class _Align(click.ParamType[int | str]):
 @click.option(
     "--finetune-lr", type=click.FloatRange(0, min_open=True), help="Of the smaller model.  [default: as --lr]"
 )
+@training_options
 def vtp(l1: float, gate_lr_scale: float, label_smoothing: float, **given: Any) -> None:
     """VTP: train with gates, remove channels, fine-tune.
 

@@ -28,7 +28,7 @@ _POSITIVE, _COUNT = click.FloatRange(0, min_open=True), click.IntRange(1)
 
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Keywords of `run`, beside those of the method, which come last."""
+    """Keywords of `run`, beside those of the method, which come first in the help."""
     return values.with_options(
         _input_options(_augmentation_options(_optimisation_options(command))),
         click.option(
