@@ -171,7 +171,7 @@ def _schedule(content: Mapping[str, Any], path: Path) -> Schedule | None:
         return Schedule.from_json(json.dumps(stored))
     except (TypeError, ValueError) as error:
         name = stored.get("method") if isinstance(stored, dict) else None
-        hint = "" if name in methods.available() else "; import the module that registers it first"
+        hint = "" if name in methods.available(trained=True) else "; import the module that registers it first"
         raise ModelError(f"checkpoint {path}: its schedule cannot be read: {error}{hint}") from error
 
 

@@ -18,6 +18,7 @@ from tokenprune_ext import (
     cli_predict,
     cli_profile,
     cli_search,
+    cli_train,
     cli_visualize,
 )
 from tokenprune_ext import cli_values as values
@@ -109,6 +110,7 @@ main.add_command(cli_export.export)
 main.add_command(cli_predict.predict)
 main.add_command(cli_profile.profile)
 main.add_command(cli_search.search)
+main.add_command(cli_train.train)
 main.add_command(cli_visualize.visualize)
 
 if __name__ == "__main__":

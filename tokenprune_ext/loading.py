@@ -15,6 +15,10 @@ from timm.models import get_pretrained_cfg, is_model
 from timm.models import load_state_dict as read_state_dict
 from torch import Tensor, nn
 
+from .channels import PLACES, narrow_to, widths_of
+from .demo import model as _demo  # noqa: F401 - registers vit_demo
+from .dynamicvit.predictors import add_predictors, count_predictors, default_places
+
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _SHOWN_KEYS = 5
 
@@ -30,7 +34,8 @@ def load_model(
 
     Args:
         name: any timm model name, with or without a pretrained tag.
-        weights: local .safetensors, .pth, .pt or .bin file. The number of classes follows its classifier.
+        weights: local .safetensors, .pth, .pt or .bin file. The number of classes follows its classifier; with the
+            weights of a DynamicViT the model gets its predictors, with those of VTP it loses the channels they lack.
         pretrained: take the weights from the hub. Without both, the weights are random.
         img_size: side of the input in pixels, for models that can change it; position embeddings are resampled.
 
@@ -45,6 +50,8 @@ def load_model(
         return create(name, pretrained=pretrained, img_size=img_size).eval()
     state = read_weights(weights)
     model = create(name, img_size=img_size, num_classes=_classes_in(state, name))
+    _add_predictors(model, state, weights)
+    _remove_channels(model, state)
     _load_strictly(model, state, weights, name, resample=img_size is not None)
     return model.eval()
 
@@ -108,6 +115,29 @@ def _classes_in(state: dict[str, Tensor], name: str) -> int | None:
     first = classifier if isinstance(classifier, str) or not classifier else classifier[0]
     weight = state.get(f"{first}.weight")
     return None if weight is None else weight.shape[0]
+
+
+def _add_predictors(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Room for the predictors in a state dict, evenly spread: it does not say where they belong."""
+    count = count_predictors(state)
+    if not count:
+        return
+    try:
+        add_predictors(model, default_places(len(getattr(model, "blocks", ())), count))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"weights {path} hold {count} predictors of DynamicViT: {error}") from error
+
+
+def _remove_channels(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """The widths of a state dict whose blocks have fewer channels inside; what still does not fit is reported later."""
+    with contextlib.suppress(KeyError, IndexError, TypeError, ValueError):
+        own = widths_of(model)
+        stored = [
+            tuple(state[f"blocks.{index}.{place}.weight"].shape[1] for place in PLACES) for index in range(len(own))
+        ]
+        as_wide = all(state[name].shape == model.state_dict()[name].shape for name in ("pos_embed", "norm.weight"))
+        if as_wide and stored != own:
+            narrow_to(model, stored)
 
 
 def _load_strictly(model: nn.Module, state: dict[str, Tensor], path: str | Path, name: str, *, resample: bool) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .environment import device_name
 from .macs import block_costs, blocks_macs, outside_macs
 from .methods import Dense, Method
-from .patch import BlockPlan, Host, HostAdapter, adapter_of, inspect_host, install, record_of, uninstall
+from .patch import BlockPlan, Host, adapter_of, inspect_host, install, record_of, uninstall
 from .patch.sources import recording, standing
 from .schedule import Schedule
 
@@ -47,7 +47,8 @@ def apply(
     Raises:
         UnsupportedModelError: the model is not understood.
         TypeError: an argument of the wrong type.
-        ValueError: a value that is not allowed, a target out of reach, or a schedule made for another model.
+        ValueError: a value that is not allowed, a target out of reach, a schedule made for another model, or a model
+            without the trained parts that the method needs.
         In every case the model is left as it was.
     """
     if isinstance(method, Schedule):
@@ -58,7 +59,7 @@ def apply(
         schedule = Schedule.build(model, method, layers=layers, keep=keep, macs=macs)
     host = inspect_host(model)
     schedule.check(host)
-    install(model, _plans(schedule, host, adapter_of(model)), schedule)
+    install(model, _plans(schedule, host, model), schedule)
     _report(schedule, host, model)
     return model
 
@@ -242,9 +243,9 @@ def _report(schedule: Schedule, host: Host, model: nn.Module) -> None:
             warnings.warn(f"the schedule was made on {made_on!r}, and the model is on {here!r}", stacklevel=3)
 
 
-def _plans(schedule: Schedule, host: Host, adapter: HostAdapter) -> dict[int, BlockPlan]:
+def _plans(schedule: Schedule, host: Host, model: nn.Module) -> dict[int, BlockPlan]:
     """One plan for every block that has something to do: prune, carry on what pruning made, or compute less."""
-    method = schedule.build_method()
+    method, adapter = schedule.build_method(), adapter_of(model)
     pruning = schedule.pruning()
     carries = bool(pruning) and (method.carries_size or host.positional)
     plans = {}
@@ -253,6 +254,7 @@ def _plans(schedule: Schedule, host: Host, adapter: HostAdapter) -> dict[int, Bl
         keep = schedule.keep.get(layer, patches)
         queries = host.head_tokens if method.class_token_only and layer == host.depth - 1 else None
         if layer in pruning or queries is not None or (carries and layer > min(pruning)):
-            plans[layer] = BlockPlan(adapter, host, method, layer, patches, keep, queries)
+            learned = method.learned(model, layer) if layer in pruning else None
+            plans[layer] = BlockPlan(adapter, host, method, layer, patches, keep, queries, learned)
         patches = keep
     return plans

@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .channels import narrow_to, widths_of
+from .dynamicvit.predictors import PREDICTORS, Predictors, add_predictors
 from .loading import ModelError, check_name, create
+from .patch import UnsupportedModelError
 from .patch.mixin import dense_class
+from .vtp.gates import add_gates, gates_of
 
 # Arguments of timm's transformers that can be read off a model; the architecture's name stands for the others.
 _TIMM_ARGUMENTS: Mapping[str, Callable[[Any], Any]] = {
@@ -56,8 +60,16 @@ def recipe_of(model: nn.Module) -> dict[str, Any]:
         raise RecipeError(
             f"{kind.__module__}.{kind.__qualname__} was not made by timm.create_model nor by transformers"
         )
+    dtypes = {key: value.dtype for key, value in model.state_dict().items()}
     try:
-        rebuilt = build(recipe, {key: value.dtype for key, value in model.state_dict().items()})
+        rebuilt = build(recipe, dtypes)
+        widths = _widths(model)
+        if widths != _widths(rebuilt):
+            recipe["widths"] = widths
+            rebuilt = build(recipe, dtypes)
+        if gates_of(model):
+            recipe["gates"] = True
+            rebuilt = build(recipe, dtypes)
     except ModelError as error:
         raise RecipeError(str(error)) from error
     different = _difference(model, rebuilt)
@@ -82,6 +94,10 @@ def build(recipe: Any, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
         installed = metadata.version(library)
         with torch.random.fork_rng(devices=[]):
             model = makers[library](recipe).eval()
+        if recipe.get("widths") is not None:
+            narrow_to(model, recipe["widths"])
+        if recipe.get("gates"):
+            add_gates(model)
     except metadata.PackageNotFoundError:
         raise ModelError(f"it needs {library}, which is not installed") from None
     except Exception as error:  # whatever a constructor raises
@@ -102,7 +118,9 @@ def _timm_recipe(model: Any, kind: type) -> dict[str, Any]:
         if value is not None and _is_plain(value):
             arguments[name] = value
     config = {key: value for key, value in model.pretrained_cfg.items() if _is_plain(value)}
-    return {**_library("timm"), "name": config["architecture"], "arguments": arguments, "pretrained_cfg": config}
+    recipe = {**_library("timm"), "name": config["architecture"], "arguments": arguments, "pretrained_cfg": config}
+    predictors = getattr(model, PREDICTORS, None)
+    return {**recipe, "predictors": list(predictors.before)} if isinstance(predictors, Predictors) else recipe
 
 
 def _timm_model(recipe: Mapping[str, Any]) -> nn.Module:
@@ -115,7 +133,7 @@ def _timm_model(recipe: Mapping[str, Any]) -> nn.Module:
     model.pretrained_cfg = model.default_cfg = {
         key: _as_tuple(value) for key, value in recipe["pretrained_cfg"].items()
     }
-    return model
+    return add_predictors(model, recipe["predictors"]) if "predictors" in recipe else model
 
 
 def _transformers_recipe(model: Any, kind: type) -> dict[str, Any]:
@@ -132,6 +150,14 @@ def _transformers_model(recipe: Mapping[str, Any]) -> nn.Module:
         raise ModelError(f"transformers has no model {recipe['name']!r}")
     config = kind.config_class.from_dict(recipe["config"])
     return kind._from_config(config, attn_implementation=recipe["attention"], dtype=torch.float32)
+
+
+def _widths(model: nn.Module) -> list[list[int]] | None:
+    """Channels at the places where VTP removes them; None for a model of a kind that it does not know."""
+    try:
+        return [list(widths) for widths in widths_of(model)]
+    except UnsupportedModelError:
+        return None
 
 
 def _library(name: str) -> dict[str, str]:

@@ -269,7 +269,7 @@ def test_options_survive_json(method):
 
 
 BAD_OPTIONS = [
-    ("best", {}, ValueError, f"unknown method 'best'; available: {', '.join(NAMES)}"),
+    ("best", {}, ValueError, f"unknown method 'best'; available: {', '.join(methods.available(trained=True))}"),
     ("topk", {"rate": 1}, ValueError, "'topk' has no option rate; it has: class_token_only, reduction, proportional"),
     ("dense", {"reduction": "drop"}, ValueError, "method 'dense' has no option reduction; it has: class_token_only"),
     ("topk", {"class_token_only": 1}, TypeError, "class_token_only must be True or False, got 1"),

@@ -10,12 +10,13 @@ from typing import Any, Final, cast
 import torch
 from safetensors.torch import load_file
 from timm.layers.attention import Attention
+from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .images import CLASSES, GRID, IMAGE_SIZE, PATCH_SIZE
 
-__all__ = ["WEIGHTS_PATH", "DenselyTaught", "create_model", "initialise", "load_model"]
+__all__ = ["WEIGHTS_PATH", "DenselyTaught", "create_model", "initialise", "load_model", "vit_demo"]
 
 #: The packaged weights: float16, safetensors.
 WEIGHTS_PATH: Final = Path(__file__).with_name("vit_demo.safetensors")
@@ -38,6 +39,8 @@ _CONFIG: Final[Mapping[str, Any]] = {
     "classifier": "head",
 }
 
+_OF_TIMM = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # what timm.create_model tells every constructor
+
 
 def create_model(dim: int = 64, depth: int = 12, heads: int = 2) -> VisionTransformer:
     """An untrained demo model in training mode; the defaults fit the packaged weights.
@@ -59,15 +62,26 @@ def create_model(dim: int = 64, depth: int = 12, heads: int = 2) -> VisionTransf
             raise ValueError(f"{name} is {value}; it must be at least 1")
     if dim % heads:
         raise ValueError(f"dim is {dim}; it must be a multiple of heads, {heads}")
-    model = VisionTransformer(
-        img_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-        num_classes=len(CLASSES),
-        global_pool="token",
-        embed_dim=dim,
-        depth=depth,
-        num_heads=heads,
-    )
+    return vit_demo(embed_dim=dim, depth=depth, num_heads=heads)
+
+
+@register_model
+def vit_demo(pretrained: bool = False, **arguments: Any) -> VisionTransformer:
+    """The demo model for ``timm.create_model("vit_demo")``, untrained; :func:`load_model` has the weights.
+
+    Args:
+        pretrained: timm's; must be False.
+        arguments: of timm's VisionTransformer, in place of the demo model's.
+
+    Raises:
+        ValueError: pretrained.
+    """
+    if pretrained:
+        raise ValueError("the weights of vit_demo are in the package: tokenprune_ext.demo.load_model()")
+    shape = {"img_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "num_classes": len(CLASSES), "global_pool": "token"}
+    size = {"embed_dim": 64, "depth": 12, "num_heads": 2}
+    given = {name: value for name, value in arguments.items() if name not in _OF_TIMM}
+    model = VisionTransformer(**{**shape, **size, **given})
     # timm keeps these as plain attributes of a model; setattr because they are not declared there.
     for name in ("pretrained_cfg", "default_cfg"):
         setattr(model, name, dict(_CONFIG))

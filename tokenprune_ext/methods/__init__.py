@@ -4,6 +4,7 @@ from .ats import ATS
 from .auto import Auto
 from .base import Method, available, create, register
 from .dense import Dense
+from .dynamicvit import DynamicViT
 from .evit import EViT
 from .peaks import Peaks
 from .pomt import Pomt
@@ -17,6 +18,7 @@ __all__ = [
     "ATS",
     "Auto",
     "Dense",
+    "DynamicViT",
     "EViT",
     "Method",
     "Peaks",

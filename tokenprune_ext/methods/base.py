@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+from torch import nn
+
 from tokenprune_ext.checks import check_bool
 from tokenprune_ext.patch.context import AttentionContext, Reduced
 from tokenprune_ext.patch.host import Host
@@ -30,9 +32,11 @@ class Method(ABC):
 
     Class attributes:
         name: the name it is registered under.
+        needs_training: whether it works with parts that a model has only after it was trained for the method.
     """
 
     name: ClassVar[str]
+    needs_training: ClassVar[bool] = False
 
     class_token_only: bool = False
 
@@ -62,6 +66,14 @@ class Method(ABC):
                 f"class_token_only needs a model whose classifier reads the class token alone, and {host.model} reads "
                 "the patch tokens too"
             )
+
+    def learned(self, model: nn.Module, layer: int) -> nn.Module | None:
+        """The submodule of a model that was trained for pruning at block ``layer``; it gets to ``ctx.learned``.
+
+        Raises:
+            ValueError: the model does not have it.
+        """
+        return None
 
     @property
     def where(self) -> Literal["attention", "block"]:
@@ -113,9 +125,9 @@ def register(cls: MethodClass) -> MethodClass:
     return cls
 
 
-def available() -> tuple[str, ...]:
-    """Names of the registered methods, sorted."""
-    return tuple(sorted(_registry))
+def available(*, trained: bool = False) -> tuple[str, ...]:
+    """Names of the registered methods that work on any pretrained model, sorted; with ``trained``, of all."""
+    return tuple(sorted(name for name, cls in _registry.items() if trained or not cls.needs_training))
 
 
 def create(name: str, /, **options: Any) -> Method:
@@ -126,7 +138,7 @@ def create(name: str, /, **options: Any) -> Method:
         TypeError: a value of the wrong type.
     """
     if name not in _registry:
-        raise ValueError(f"unknown method {name!r}; available: {', '.join(available())}")
+        raise ValueError(f"unknown method {name!r}; available: {', '.join(available(trained=True))}")
     cls = _registry[name]
     known = [field.name for field in dataclasses.fields(cls)]
     unknown = sorted(set(options) - set(known))

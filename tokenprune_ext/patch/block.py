@@ -46,6 +46,7 @@ class BlockPlan:
         keep: patch tokens that leave; equal to ``num_patches`` where nothing is pruned.
         queries: only the first so many tokens are computed and leave (the last block, when the head reads only
             those, unless the full grid is asked for); None for all.
+        learned: the part of the model that the method was trained to choose by, here; None for nothing.
     """
 
     adapter: HostAdapter
@@ -55,6 +56,7 @@ class BlockPlan:
     num_patches: int
     keep: int
     queries: int | None = None
+    learned: nn.Module | None = None
 
 
 class PrunedBlock(Mixin):
@@ -136,6 +138,7 @@ def _reduce(plan: BlockPlan, state: TokenState, projected: Projected, keep: int)
         depth=host.depth,
         size=state.size,
         bias=bias,
+        learned=plan.learned,
     )
     prefix, patches = host.num_prefix_tokens, context.num_patches
     if traced or not torch._C._autograd._profiler_enabled():

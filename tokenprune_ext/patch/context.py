@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from tokenprune_ext import ops
@@ -33,6 +33,7 @@ class AttentionContext:
         size: patches each token stands for, ``[B, N]``; None for 1.
         bias: added to the logits, ``softmax(q k^T * scale + bias)``: ``[B, 1, 1, N]`` or ``[1 or B, H, N, N]``; None
             for nothing.
+        learned: the submodule that was trained for this block, of methods that learn (``Method.learned``).
     """
 
     x: Tensor
@@ -46,6 +47,7 @@ class AttentionContext:
     depth: int
     size: Tensor | None = None
     bias: Tensor | None = None
+    learned: nn.Module | None = None
 
     @property
     def num_patches(self) -> int:

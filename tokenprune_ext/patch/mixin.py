@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 
 class Mixin(nn.Module):
-    """Goes in front of a module's own class. A subclass may replace functions, and adds no state of its own."""
+    """Goes in front of a module's own class. A subclass may replace functions.
+
+    Class attributes:
+        prefix: of the name of the class that is made.
+    """
+
+    prefix: ClassVar[str] = "Pruned"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made at run time, so a copy is told how to make it again."""
@@ -21,7 +27,7 @@ _classes: dict[tuple[type[Mixin], type[nn.Module]], type[Mixin]] = {}
 def mixed_class(mixin: type[Mixin], dense: type[nn.Module]) -> type[Mixin]:
     """The class of a patched module, from the class of the dense one; always the same one."""
     if (mixin, dense) not in _classes:
-        _classes[mixin, dense] = type(f"Pruned{dense.__name__}", (mixin, dense), {"__module__": __name__})
+        _classes[mixin, dense] = type(f"{mixin.prefix}{dense.__name__}", (mixin, dense), {"__module__": __name__})
     return _classes[mixin, dense]
 
 

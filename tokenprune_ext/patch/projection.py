@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .narrow import NarrowLinear
 
 
 class Projected(NamedTuple):
@@ -53,20 +55,23 @@ def is_quantised(linear: nn.Module) -> bool:
 
 
 def fused_projection(
-    x: Tensor, qkv: nn.Module, heads: int, queries: int, bias: Tensor | None = None
+    x: Tensor, qkv: Any, heads: int, queries: int, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries ``[B, H, queries, d]``, keys and values ``[B, H, N, d]`` of tokens ``[B, N, C]``, by one linear layer.
 
     Asked for few queries, it multiplies the rest of the tokens with the weights of keys and values alone; a layer that
-    is not a plain linear one (an adapter, a quantised layer) is run whole. ``bias`` stands in for one of the layer.
+    is not a plain or narrow linear one (an adapter, a quantised layer) is run whole. ``bias`` stands in for one of the
+    layer. A narrow one has the rows of every query and key.
     """
-    if queries == x.shape[1] or type(qkv) is not nn.Linear or is_quantised(qkv):
-        out = qkv(x) if bias is None else F.linear(x, qkv.weight, bias)  # type: ignore[arg-type]
+    if queries == x.shape[1] or type(qkv) not in (nn.Linear, NarrowLinear) or is_quantised(qkv):
+        out = qkv(x) if bias is None else F.linear(x, qkv.weight, bias)
         q, k, v = out.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q[:, :, :queries], k, v
     width = qkv.out_features // 3
     bias = qkv.bias if bias is None else bias
     q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+    x = qkv.read(x) if isinstance(qkv, NarrowLinear) else x
     q = split_heads(F.linear(x[:, :queries], qkv.weight[:width], q_bias), heads)
-    k, v = split_heads(F.linear(x, qkv.weight[width:], kv_bias), 2 * heads).chunk(2, 1)
+    kv = F.linear(x, qkv.weight[width:], kv_bias)
+    k, v = split_heads(qkv.write(kv, width) if isinstance(qkv, NarrowLinear) else kv, 2 * heads).chunk(2, 1)
     return q, k, v
