@@ -39,11 +39,11 @@ TOKENPRUNE_MULTIVERSION void scale_row(const acc_t* __restrict__ row, int64_t n,
   for (int64_t k = 0; k < n; ++k) out[k] = row[k] * factor;
 }
 
-// `n` logits become e^(logit - the largest); returns the sum. As softmax_terms, but a row is filled up with minus
-// infinity to whole vectors, [n, width): those of many short rows would otherwise spend half of the time on what is
-// left over.
+// terms = e^(logit - the largest) of the `n` logits of a row, which may be the same place; returns the sum. As
+// softmax_terms, but the row is filled up with minus infinity to whole vectors, [n, width): short rows would otherwise
+// spend half of the time on what is left over.
 template <typename acc_t>
-TOKENPRUNE_MULTIVERSION acc_t padded_terms(acc_t* __restrict__ row, int64_t n, int64_t width) {
+TOKENPRUNE_MULTIVERSION acc_t padded_terms(acc_t* row, int64_t n, int64_t width, acc_t* terms) {
   constexpr int64_t kParts = 16;
   constexpr acc_t kNone = -std::numeric_limits<acc_t>::infinity();
   for (int64_t k = n; k < width; ++k) row[k] = kNone;
@@ -58,7 +58,12 @@ TOKENPRUNE_MULTIVERSION acc_t padded_terms(acc_t* __restrict__ row, int64_t n, i
   }
   const acc_t shift = most[0];
   for (int64_t k = 0; k < width; k += kParts) {
-    for (int64_t j = 0; j < kParts; ++j) sums[j] += row[k + j] = vector_exp(row[k + j] - shift);
+    acc_t term[kParts];
+    for (int64_t j = 0; j < kParts; ++j) term[j] = vector_exp(row[k + j] - shift);
+    for (int64_t j = 0; j < kParts; ++j) {
+      sums[j] += term[j];
+      terms[k + j] = term[j];
+    }
   }
 #pragma GCC unroll 4
   for (int64_t half = kParts / 2; half > 0; half /= 2) {
@@ -102,12 +107,9 @@ void iterate_small(const Matrices<value_t, acc_t>& work, int64_t begin, int64_t 
       prefetch(work.queries(m) + (first + count) * qk.q_token_stride, qk.q_token_stride, following, qk.channels);
       if (m + 1 < end) prefetch(work.keys(m + 1) + first * qk.k_token_stride, qk.k_token_stride, count, qk.channels);
       rows.form(work.queries(m), panels.data(), first, count);
-      for (int64_t r = 0; r < count; ++r) sums[first + r] = padded_terms(rows.row(r), n, width);
-      if (once) {
-        add_block(rows.row(0), first, count, s, next.data());
-      } else {
-        std::copy_n(rows.row(0), count * stride, matrix.get() + first * stride);
-      }
+      acc_t* terms = once ? rows.row(0) : matrix.get() + first * stride;
+      for (int64_t r = 0; r < count; ++r) sums[first + r] = padded_terms(rows.row(r), n, width, terms + r * stride);
+      if (once) add_block(terms, first, count, s, next.data());
     }
     if (once) {
       std::copy_n(next.data(), n, s);
