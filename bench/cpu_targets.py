@@ -1,7 +1,7 @@
 """Every operator's CPU kernel against its plain-torch reference and its target, at 197 and 577 tokens.
 
-The cases are those of bench_<op>.py. A kernel far above its target may still be slow, and one below it as fast as memory
-allows: beside the ratio stands the kernel's time over its floor.
+The cases are those of bench_<op>.py. A kernel far above its target may still be slow, and one below it as fast as
+memory allows: beside the ratio stands the time over the floor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// Reduction over heads, one after the other, in a form that the compiler vectorises.
+// Reduction over heads, one after the other, in vector registers.
 #pragma once
 
 #include <limits>
@@ -20,6 +20,63 @@ template <bool kMax, typename acc_t>
 struct HeadReduction {
   static constexpr acc_t kNothing = kMax ? -std::numeric_limits<acc_t>::infinity() : acc_t(0);
   static acc_t join(acc_t reduced, acc_t value) { return kMax ? max_nan(reduced, value) : reduced + value; }
+};
+
+// Entries side by side that are reduced together.
+template <typename acc_t>
+constexpr int64_t kStrip = 256 / static_cast<int64_t>(sizeof(acc_t));
+
+// Their reduction over the heads, in vectors of kBytes. (Arrays, which compilers vectorise as well, they keep in
+// memory.)
+template <bool kMax, int kBytes, typename acc_t>
+struct HeadStrip {
+  typedef acc_t vector_t __attribute__((vector_size(kBytes), aligned(sizeof(acc_t)), may_alias));
+  static constexpr int64_t kLanes = kBytes / static_cast<int64_t>(sizeof(acc_t));
+  static constexpr int64_t kVectors = kStrip<acc_t> / kLanes;
+
+  vector_t reduced[kVectors];
+
+  template <typename value_t>
+  [[gnu::always_inline]] HeadStrip(const value_t* entries, int64_t heads, int64_t head_stride) {
+#pragma GCC unroll 16
+    for (int64_t v = 0; v < kVectors; ++v) load(entries + v * kLanes, reduced[v]);
+    for (int64_t h = 1; h < heads; ++h) {
+      entries += head_stride;
+#pragma GCC unroll 16
+      for (int64_t v = 0; v < kVectors; ++v) {
+        vector_t value;
+        load(entries + v * kLanes, value);
+        join(value, reduced[v]);
+      }
+    }
+  }
+
+  // sums[i] += the reduction of entries i, kStrip of them.
+  [[gnu::always_inline]] void add_to(acc_t* sums) const {
+#pragma GCC unroll 16
+    for (int64_t v = 0; v < kVectors; ++v) *reinterpret_cast<vector_t*>(sums + v * kLanes) += reduced[v];
+  }
+
+ private:
+  template <typename value_t>
+  [[gnu::always_inline]] static void load(const value_t* entries, vector_t& value) {
+    acc_t wide[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) wide[i] = static_cast<acc_t>(entries[i]);
+    value = *reinterpret_cast<const vector_t*>(wide);
+  }
+  [[gnu::always_inline]] static void load(const acc_t* entries, vector_t& value) {
+    value = *reinterpret_cast<const vector_t*>(entries);
+  }
+
+  // A NaN in `value` becomes this one: a maximum under a mask. With the one in `value`, compilers compare twice.
+  [[gnu::always_inline]] static void join(const vector_t& value, vector_t& reduced) {
+    if constexpr (kMax) {
+      const vector_t larger = value > reduced ? value : reduced;
+      reduced = value == value ? larger : vector_t{} + std::numeric_limits<acc_t>::quiet_NaN();
+    } else {
+      reduced += value;
+    }
+  }
 };
 
 }  // namespace tokenprune
