@@ -24,7 +24,7 @@ struct HeadReduction {
 
 // Entries side by side that are reduced together.
 template <typename acc_t>
-constexpr int64_t kStrip = 256 / static_cast<int64_t>(sizeof(acc_t));
+constexpr int64_t kStrip = 128 / static_cast<int64_t>(sizeof(acc_t));
 
 // Their reduction over the heads, in vectors of kBytes. (Arrays, which compilers vectorise as well, they keep in
 // memory.)
@@ -51,7 +51,7 @@ struct HeadStrip {
     }
   }
 
-  // sums[i] += the reduction of entries i, kStrip of them.
+  // sums[i] += the reduction of entries i.
   [[gnu::always_inline]] void add_to(acc_t* sums) const {
 #pragma GCC unroll 16
     for (int64_t v = 0; v < kVectors; ++v) *reinterpret_cast<vector_t*>(sums + v * kLanes) += reduced[v];
@@ -78,5 +78,15 @@ struct HeadStrip {
     }
   }
 };
+
+// The rows of all heads of a token, which lie in another page than those of the one before, on their way to the cache.
+template <typename value_t>
+[[gnu::always_inline]] inline void prefetch(const value_t* rows, int64_t heads, int64_t head_stride, int64_t channels) {
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(value_t))) {
+      __builtin_prefetch(rows + h * head_stride + c);
+    }
+  }
+}
 
 }  // namespace tokenprune
