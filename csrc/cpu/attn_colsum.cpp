@@ -13,6 +13,10 @@ namespace {
 
 constexpr int64_t kRows = 64;  // most queries of a task, whose entries lie side by side in each head
 
+// Entries that are reduced over the heads together.
+template <typename acc_t>
+constexpr int64_t kStrip = 128 / static_cast<int64_t>(sizeof(acc_t));
+
 // out[k] = the sum over `rows` queries of the reduction over heads of their entries k. A head's rows are walked through
 // as one, so that a strip may begin in one row and end in the next: `sums` has room for n + kStrip.
 template <int kBytes, bool kMax, typename value_t, typename acc_t>
@@ -26,7 +30,7 @@ template <int kBytes, bool kMax, typename value_t, typename acc_t>
   int64_t first = 0;
   std::fill_n(sums, n + kWidth, acc_t(0));
   for (; first + kWidth <= length; first += kWidth) {
-    HeadStrip<kMax, kBytes, acc_t>(entries + first, heads, head_stride).add_to(sums + column);
+    HeadStrip<kMax, kBytes, kWidth, acc_t>(entries + first, heads, head_stride).template add_to<kWidth>(sums + column);
     column += kWidth;
     while (column >= n) column -= n;
   }

@@ -32,6 +32,16 @@ template <typename acc_t, typename Term>
   return parts[0];
 }
 
+// The rows of all heads of a token, which lie in another page than those of the one before, on their way to the cache.
+template <typename value_t>
+[[gnu::always_inline]] inline void prefetch(const value_t* rows, int64_t heads, int64_t head_stride, int64_t channels) {
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(value_t))) {
+      __builtin_prefetch(rows + h * head_stride + c);
+    }
+  }
+}
+
 // Logits, and lengths of the values if there are any, [heads, tokens] each: token after token, as an image lies in
 // memory.
 template <typename value_t, typename acc_t>

@@ -22,17 +22,13 @@ struct HeadReduction {
   static acc_t join(acc_t reduced, acc_t value) { return kMax ? max_nan(reduced, value) : reduced + value; }
 };
 
-// Entries side by side that are reduced together.
-template <typename acc_t>
-constexpr int64_t kStrip = 128 / static_cast<int64_t>(sizeof(acc_t));
-
-// Their reduction over the heads, in vectors of kBytes. (Arrays, which compilers vectorise as well, they keep in
-// memory.)
-template <bool kMax, int kBytes, typename acc_t>
+// Entries side by side, reduced over the heads in vectors of kBytes. (Arrays, which compilers vectorise as well, they
+// keep in memory.)
+template <bool kMax, int kBytes, int64_t kWidth, typename acc_t>
 struct HeadStrip {
   typedef acc_t vector_t __attribute__((vector_size(kBytes), aligned(sizeof(acc_t)), may_alias));
   static constexpr int64_t kLanes = kBytes / static_cast<int64_t>(sizeof(acc_t));
-  static constexpr int64_t kVectors = kStrip<acc_t> / kLanes;
+  static constexpr int64_t kVectors = kWidth / kLanes;
 
   vector_t reduced[kVectors];
 
@@ -51,10 +47,11 @@ struct HeadStrip {
     }
   }
 
-  // sums[i] += the reduction of entries i.
+  // sums[i % kSums] += the reduction of entries i.
+  template <int64_t kSums>
   [[gnu::always_inline]] void add_to(acc_t* sums) const {
 #pragma GCC unroll 16
-    for (int64_t v = 0; v < kVectors; ++v) *reinterpret_cast<vector_t*>(sums + v * kLanes) += reduced[v];
+    for (int64_t v = 0; v < kVectors; ++v) *reinterpret_cast<vector_t*>(sums + v * kLanes % kSums) += reduced[v];
   }
 
  private:
@@ -78,15 +75,5 @@ struct HeadStrip {
     }
   }
 };
-
-// The rows of all heads of a token, which lie in another page than those of the one before, on their way to the cache.
-template <typename value_t>
-[[gnu::always_inline]] inline void prefetch(const value_t* rows, int64_t heads, int64_t head_stride, int64_t channels) {
-  for (int64_t h = 0; h < heads; ++h) {
-    for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(value_t))) {
-      __builtin_prefetch(rows + h * head_stride + c);
-    }
-  }
-}
 
 }  // namespace tokenprune

@@ -11,35 +11,34 @@ namespace {
 
 constexpr int64_t kGrain = 64 * 1024;  // values a thread should have to reduce before another one is worth waking
 
-constexpr int64_t kAhead = 2;  // tokens whose rows are fetched before they are needed
-
 // out[t] = the sum over the channels of the reduction over heads, for `tokens` tokens of an image.
 template <int kBytes, bool kMax, typename value_t, typename acc_t>
 [[gnu::always_inline]] inline void sum_tokens(const HeadReducedSumParams& params, const value_t* __restrict__ features,
                                               int64_t tokens, acc_t* __restrict__ out) {
   using Reduction = HeadReduction<kMax, acc_t>;
-  constexpr int64_t kWidth = kStrip<acc_t>;
+  constexpr int64_t kSums = 64 / static_cast<int64_t>(sizeof(acc_t));
   const int64_t channels = params.channels;
-  const int64_t whole = channels / kWidth * kWidth;
   const acc_t divisor = static_cast<acc_t>(params.divisor());
-  for (int64_t t = 0; t < tokens; ++t) {
-    const value_t* token = features + t * params.token_stride;
-    if (t + kAhead < tokens) {
-      prefetch(token + kAhead * params.token_stride, params.heads, params.head_stride, channels);
-    }
-    acc_t sums[kWidth] = {};
-    for (int64_t c = 0; c < whole; c += kWidth) {
-      HeadStrip<kMax, kBytes, acc_t>(token + c, params.heads, params.head_stride).add_to(sums);
-    }
-    for (int64_t c = whole; c < channels; ++c) {
+  for (int64_t t = 0; t < tokens; ++t, features += params.token_stride) {
+    acc_t sums[kSums] = {};
+    int64_t c = 0;
+    const auto add = [&](auto width) __attribute__((always_inline)) {
+      for (; c + width() <= channels; c += width()) {
+        HeadStrip<kMax, kBytes, width(), acc_t>(features + c, params.heads, params.head_stride)
+            .template add_to<kSums>(sums);
+      }
+    };
+    add(std::integral_constant<int64_t, 4 * kSums>());  // wide: the heads' rows are read once, from front to back
+    add(std::integral_constant<int64_t, kSums>());
+    for (; c < channels; ++c) {
       acc_t reduced = Reduction::kNothing;
       for (int64_t h = 0; h < params.heads; ++h) {
-        reduced = Reduction::join(reduced, static_cast<acc_t>(token[h * params.head_stride + c]));
+        reduced = Reduction::join(reduced, static_cast<acc_t>(features[h * params.head_stride + c]));
       }
-      sums[c - whole] += reduced;
+      sums[c % kSums] += reduced;
     }
 #pragma GCC unroll 8
-    for (int64_t half = kWidth / 2; half > 0; half /= 2) {
+    for (int64_t half = kSums / 2; half > 0; half /= 2) {
       for (int64_t i = 0; i < half; ++i) sums[i] += sums[half + i];
     }
     out[t] = sums[0] / divisor;
