@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "attention_rows.h"
@@ -13,59 +13,56 @@
 namespace tokenprune {
 namespace {
 
-constexpr int64_t kAhead = 2;  // tokens
+constexpr int64_t kGrain = 64 * 1024;  // numbers a thread should have to read before another one is worth waking
 
-// The sum of term(0) .. term(n - 1), in parts that are added by halves.
-template <typename acc_t, typename Term>
-[[gnu::always_inline]] inline acc_t sum_by_halves(int64_t n, const Term& term) {
-  constexpr int64_t kParts = 16;
-  acc_t parts[kParts] = {};
-  int64_t i = 0;
-  for (; i + kParts <= n; i += kParts) {
-    for (int64_t j = 0; j < kParts; ++j) parts[j] += term(i + j);
-  }
-  for (int64_t j = 0; i + j < n; ++j) parts[j] += term(i + j);
-#pragma GCC unroll 8
-  for (int64_t half = kParts / 2; half > 0; half /= 2) {
-    for (int64_t j = 0; j < half; ++j) parts[j] += parts[half + j];
-  }
-  return parts[0];
-}
-
-// The rows of all heads of a token, which lie in another page than those of the one before, on their way to the cache.
-template <typename value_t>
-[[gnu::always_inline]] inline void prefetch(const value_t* rows, int64_t heads, int64_t head_stride, int64_t channels) {
-  for (int64_t h = 0; h < heads; ++h) {
-    for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(value_t))) {
-      __builtin_prefetch(rows + h * head_stride + c);
+// The sum of a[c] * b[c] over n channels, in vectors of kBytes.
+template <int kBytes, typename value_t, typename factor_t, typename acc_t>
+[[gnu::always_inline]] inline void dot(const factor_t* __restrict__ a, const value_t* __restrict__ b, int64_t n,
+                                       acc_t& sum) {
+  using Vectors = VectorsOf<kBytes, acc_t>;
+  typename Vectors::type sums[Vectors::kCount] = {};
+  acc_t rest = 0;
+  int64_t c = 0;
+  for (; c + Vectors::kSums <= n; c += Vectors::kSums) {
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < Vectors::kCount; ++v) {
+      typename Vectors::type x, y;
+      Vectors::load(a + c + v * Vectors::kLanes, x);
+      Vectors::load(b + c + v * Vectors::kLanes, y);
+      sums[v] += x * y;
     }
   }
+  for (; c < n; ++c) rest += static_cast<acc_t>(a[c]) * static_cast<acc_t>(b[c]);
+  acc_t parts[Vectors::kSums];
+  std::memcpy(parts, sums, sizeof(parts));
+#pragma GCC unroll 8
+  for (int64_t half = Vectors::kSums / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) parts[i] += parts[half + i];
+  }
+  sum = parts[0] + rest;
 }
 
-// Logits, and lengths of the values if there are any, [heads, tokens] each: token after token, as an image lies in
-// memory.
-template <typename value_t, typename acc_t>
-TOKENPRUNE_MULTIVERSION void visit_tokens(const ClassAttentionParams& params, const acc_t* __restrict__ q,
-                                          const value_t* __restrict__ k, const value_t* __restrict__ v,
-                                          acc_t* __restrict__ logits, acc_t* __restrict__ lengths) {
+// Logits, and lengths of the values if there are any, [heads, tokens] each, of `count` tokens: one after the other, as
+// an image lies in memory.
+template <int kBytes, typename value_t, typename acc_t>
+[[gnu::always_inline]] inline void visit_tokens(const ClassAttentionParams& params, const acc_t* __restrict__ q,
+                                                const value_t* __restrict__ k, const value_t* __restrict__ v,
+                                                int64_t count, acc_t* __restrict__ logits,
+                                                acc_t* __restrict__ lengths) {
   const QkParams& qk = params.qk;
   const acc_t scale = static_cast<acc_t>(qk.scale);
-  for (int64_t n = 0; n < qk.tokens; ++n, k += qk.k_token_stride) {
-    if (n + kAhead < qk.tokens) {
-      prefetch(k + kAhead * qk.k_token_stride, qk.heads, qk.k_head_stride, qk.channels);
-      if (v) prefetch(v + (n + kAhead) * params.v_token_stride, qk.heads, params.v_head_stride, params.v_channels);
-    }
+  for (int64_t n = 0; n < count; ++n) {
     for (int64_t h = 0; h < qk.heads; ++h) {
-      const acc_t* query = q + h * qk.channels;
-      const value_t* key = k + h * qk.k_head_stride;
-      const auto product = [&](int64_t c) { return query[c] * static_cast<acc_t>(key[c]); };
-      logits[h * qk.tokens + n] = sum_by_halves<acc_t>(qk.channels, product) * scale;
+      acc_t product;
+      dot<kBytes>(q + h * qk.channels, k + n * qk.k_token_stride + h * qk.k_head_stride, qk.channels, product);
+      logits[h * qk.tokens + n] = product * scale;
     }
     if (!v) continue;
     for (int64_t h = 0; h < qk.heads; ++h) {
-      const value_t* value = v + h * params.v_head_stride + n * params.v_token_stride;
-      const auto square = [&](int64_t c) { return static_cast<acc_t>(value[c]) * static_cast<acc_t>(value[c]); };
-      lengths[h * qk.tokens + n] = std::sqrt(sum_by_halves<acc_t>(params.v_channels, square));
+      const value_t* value = v + n * params.v_token_stride + h * params.v_head_stride;
+      acc_t square;
+      dot<kBytes>(value, value, params.v_channels, square);
+      lengths[h * qk.tokens + n] = std::sqrt(square);
     }
   }
 }
@@ -91,33 +88,56 @@ TOKENPRUNE_MULTIVERSION void join_heads(const acc_t* __restrict__ weights, int64
   for (int64_t i = 0; i < n; ++i) out[i] /= divisor;
 }
 
+// Logits and lengths of all images, [batch, heads, tokens]; a large image is shared by several threads.
+template <typename value_t, typename acc_t>
+void visit_images(const ClassAttentionParams& params, const value_t* q, const value_t* k, const value_t* v,
+                  acc_t* logits, acc_t* lengths) {
+  const QkParams& qk = params.qk;
+  const int64_t n = qk.tokens;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (qk.heads * (qk.channels + (v ? params.v_channels : 0))));
+  torch::stable::parallel_for(0, qk.batch * n, grain, [&](int64_t begin, int64_t end) {
+    std::vector<acc_t> query(qk.heads * qk.channels);
+    for (int64_t row = begin; row < end;) {  // image by image
+      const int64_t image = row / n, first = row % n;
+      const int64_t count = std::min(n - first, end - row);
+      for (int64_t h = 0; h < qk.heads; ++h) {
+        std::copy_n(q + qk.q_offset(image, h), qk.channels, query.data() + h * qk.channels);
+      }
+      const value_t* keys = k + qk.k_offset(image, 0) + first * qk.k_token_stride;
+      const value_t* values = v ? v + params.v_offset(image, 0) + first * params.v_token_stride : nullptr;
+      const int64_t to = image * qk.heads * n + first;
+      with_vectors([&](auto bytes) __attribute__((always_inline)) {
+        visit_tokens<bytes()>(params, query.data(), keys, values, count, logits + to, lengths + to);
+      });
+      row += count;
+    }
+  });
+}
+
 template <typename value_t, typename acc_t>
 void weigh_images(const ClassAttentionParams& params, const value_t* q, const value_t* k, const value_t* v,
                   const value_t* bias, acc_t* out) {
   const QkParams& qk = params.qk;
-  torch::stable::parallel_for(0, qk.batch, 1, [&](int64_t begin, int64_t end) {
-    std::vector<acc_t> query(qk.heads * qk.channels);
-    std::vector<acc_t> weights(qk.heads * qk.tokens);
-    std::vector<acc_t> lengths(v ? qk.heads * qk.tokens : 0);
-    for (int64_t b = begin; b < end; ++b) {
-      for (int64_t h = 0; h < qk.heads; ++h) {
-        std::copy_n(q + qk.q_offset(b, h), qk.channels, query.data() + h * qk.channels);
-      }
-      visit_tokens(params, query.data(), k + qk.k_offset(b, 0), v ? v + params.v_offset(b, 0) : nullptr, weights.data(),
-                   lengths.data());
-      for (int64_t h = 0; h < qk.heads; ++h) {
-        weigh_row(bias ? bias + params.bias_offset(b, h) : nullptr, v ? lengths.data() + h * qk.tokens : nullptr,
-                  qk.tokens, weights.data() + h * qk.tokens);
-      }
-      acc_t* to = out + b * qk.tokens;
-      if (params.head_reduce == HeadReduce::kMax) {
-        join_heads<true>(weights.data(), qk.heads, qk.tokens, acc_t(1), to);
-      } else {
-        const acc_t divisor = params.head_reduce == HeadReduce::kMean ? static_cast<acc_t>(qk.heads) : acc_t(1);
-        join_heads<false>(weights.data(), qk.heads, qk.tokens, divisor, to);
-      }
-    }
-  });
+  const int64_t n = qk.tokens;
+  std::vector<acc_t> logits(qk.batch * qk.heads * n);
+  std::vector<acc_t> lengths(v ? logits.size() : 0);
+  visit_images(params, q, k, v, logits.data(), lengths.data());
+  torch::stable::parallel_for(
+      0, qk.batch, std::max<int64_t>(1, kGrain / (qk.heads * n)), [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+          acc_t* weights = logits.data() + b * qk.heads * n;
+          for (int64_t h = 0; h < qk.heads; ++h) {
+            weigh_row(bias ? bias + params.bias_offset(b, h) : nullptr,
+                      v ? lengths.data() + (b * qk.heads + h) * n : nullptr, n, weights + h * n);
+          }
+          if (params.head_reduce == HeadReduce::kMax) {
+            join_heads<true>(weights, qk.heads, n, acc_t(1), out + b * n);
+          } else {
+            const acc_t divisor = params.head_reduce == HeadReduce::kMean ? static_cast<acc_t>(qk.heads) : acc_t(1);
+            join_heads<false>(weights, qk.heads, n, divisor, out + b * n);
+          }
+        }
+      });
 }
 
 Tensor class_attention_cpu(Tensor q, Tensor k, std::optional<Tensor> v, std::optional<Tensor> bias, double scale,

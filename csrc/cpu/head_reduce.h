@@ -26,8 +26,9 @@ struct HeadReduction {
 // keep in memory.)
 template <bool kMax, int kBytes, int64_t kWidth, typename acc_t>
 struct HeadStrip {
-  typedef acc_t vector_t __attribute__((vector_size(kBytes), aligned(sizeof(acc_t)), may_alias));
-  static constexpr int64_t kLanes = kBytes / static_cast<int64_t>(sizeof(acc_t));
+  using Vectors = VectorsOf<kBytes, acc_t>;
+  using vector_t = typename Vectors::type;
+  static constexpr int64_t kLanes = Vectors::kLanes;
   static constexpr int64_t kVectors = kWidth / kLanes;
 
   vector_t reduced[kVectors];
@@ -35,13 +36,13 @@ struct HeadStrip {
   template <typename value_t>
   [[gnu::always_inline]] HeadStrip(const value_t* entries, int64_t heads, int64_t head_stride) {
 #pragma GCC unroll 16
-    for (int64_t v = 0; v < kVectors; ++v) load(entries + v * kLanes, reduced[v]);
+    for (int64_t v = 0; v < kVectors; ++v) Vectors::load(entries + v * kLanes, reduced[v]);
     for (int64_t h = 1; h < heads; ++h) {
       entries += head_stride;
 #pragma GCC unroll 16
       for (int64_t v = 0; v < kVectors; ++v) {
         vector_t value;
-        load(entries + v * kLanes, value);
+        Vectors::load(entries + v * kLanes, value);
         join(value, reduced[v]);
       }
     }
@@ -55,16 +56,6 @@ struct HeadStrip {
   }
 
  private:
-  template <typename value_t>
-  [[gnu::always_inline]] static void load(const value_t* entries, vector_t& value) {
-    acc_t wide[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) wide[i] = static_cast<acc_t>(entries[i]);
-    value = *reinterpret_cast<const vector_t*>(wide);
-  }
-  [[gnu::always_inline]] static void load(const acc_t* entries, vector_t& value) {
-    value = *reinterpret_cast<const vector_t*>(entries);
-  }
-
   // A NaN in `value` becomes this one: a maximum under a mask. With the one in `value`, compilers compare twice.
   [[gnu::always_inline]] static void join(const vector_t& value, vector_t& reduced) {
     if constexpr (kMax) {

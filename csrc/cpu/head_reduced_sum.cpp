@@ -16,7 +16,7 @@ template <int kBytes, bool kMax, typename value_t, typename acc_t>
 [[gnu::always_inline]] inline void sum_tokens(const HeadReducedSumParams& params, const value_t* __restrict__ features,
                                               int64_t tokens, acc_t* __restrict__ out) {
   using Reduction = HeadReduction<kMax, acc_t>;
-  constexpr int64_t kSums = 64 / static_cast<int64_t>(sizeof(acc_t));
+  constexpr int64_t kSums = VectorsOf<kBytes, acc_t>::kSums;
   const int64_t channels = params.channels;
   const acc_t divisor = static_cast<acc_t>(params.divisor());
   for (int64_t t = 0; t < tokens; ++t, features += params.token_stride) {

@@ -71,6 +71,25 @@ const vectorizable_t<scalar_t>* vector_ptr(const Tensor& tensor) {
   return static_cast<const vectorizable_t<scalar_t>*>(tensor.data_ptr());
 }
 
+// Vectors of kBytes: 64 bytes of them, and how they are filled.
+template <int kBytes, typename acc_t>
+struct VectorsOf {
+  typedef acc_t type __attribute__((vector_size(kBytes), aligned(sizeof(acc_t)), may_alias));
+  static constexpr int64_t kLanes = kBytes / static_cast<int64_t>(sizeof(acc_t));
+  static constexpr int64_t kCount = 64 / kBytes;
+  static constexpr int64_t kSums = kCount * kLanes;
+
+  template <typename value_t>
+  [[gnu::always_inline]] static void load(const value_t* from, type& vector) {
+    acc_t wide[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) wide[i] = static_cast<acc_t>(from[i]);
+    vector = *reinterpret_cast<const type*>(wide);
+  }
+  [[gnu::always_inline]] static void load(const acc_t* from, type& vector) {
+    vector = *reinterpret_cast<const type*>(from);
+  }
+};
+
 // The sum of term(0) .. term(n - 1), in sixteen parts, which the compiler keeps in registers. For multiversioned
 // functions, which have to inline it.
 template <typename acc_t, typename Term>
