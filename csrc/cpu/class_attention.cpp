@@ -5,6 +5,7 @@
 #include <cstring>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "attention_rows.h"
@@ -15,55 +16,57 @@ namespace {
 
 constexpr int64_t kGrain = 64 * 1024;  // numbers a thread should have to read before another one is worth waking
 
-// The sum of a[c] * b[c] over n channels, in vectors of kBytes.
-template <int kBytes, typename value_t, typename factor_t, typename acc_t>
-[[gnu::always_inline]] inline void dot(const factor_t* __restrict__ a, const value_t* __restrict__ b, int64_t n,
-                                       acc_t& sum) {
+// dots[t] = the sum over n channels of a[t * a_stride + c] * b[t * b_stride + c], for kTokens tokens at a time: their
+// sums are independent, and so are the reads of their rows.
+template <int kTokens, int kBytes, typename factor_t, typename value_t, typename acc_t>
+[[gnu::always_inline]] inline void dot_tokens(const factor_t* a, int64_t a_stride, const value_t* b, int64_t b_stride,
+                                              int64_t n, acc_t* dots) {
   using Vectors = VectorsOf<kBytes, acc_t>;
-  typename Vectors::type sums[Vectors::kCount] = {};
-  acc_t rest = 0;
+  constexpr int64_t kSums = Vectors::kSums;
+  typename Vectors::type sums[kTokens][Vectors::kCount] = {};
   int64_t c = 0;
-  for (; c + Vectors::kSums <= n; c += Vectors::kSums) {
+  for (; c + kSums <= n; c += kSums) {
 #pragma GCC unroll 4
-    for (int64_t v = 0; v < Vectors::kCount; ++v) {
-      typename Vectors::type x, y;
-      Vectors::load(a + c + v * Vectors::kLanes, x);
-      Vectors::load(b + c + v * Vectors::kLanes, y);
-      sums[v] += x * y;
+    for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < Vectors::kCount; ++v) {
+        typename Vectors::type x, y;
+        Vectors::load(a + t * a_stride + c + v * Vectors::kLanes, x);
+        Vectors::load(b + t * b_stride + c + v * Vectors::kLanes, y);
+        sums[t][v] += x * y;
+      }
     }
   }
-  for (; c < n; ++c) rest += static_cast<acc_t>(a[c]) * static_cast<acc_t>(b[c]);
-  acc_t parts[Vectors::kSums];
+  acc_t parts[kTokens][kSums];
   std::memcpy(parts, sums, sizeof(parts));
-#pragma GCC unroll 8
-  for (int64_t half = Vectors::kSums / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) parts[i] += parts[half + i];
+  for (; c < n; ++c) {
+    for (int t = 0; t < kTokens; ++t) {
+      parts[t][c % kSums] += static_cast<acc_t>(a[t * a_stride + c]) * static_cast<acc_t>(b[t * b_stride + c]);
+    }
   }
-  sum = parts[0] + rest;
+#pragma GCC unroll 8
+  for (int64_t half = kSums / 2; half > 0; half /= 2) {
+    for (int t = 0; t < kTokens; ++t) {
+      for (int64_t i = 0; i < half; ++i) parts[t][i] += parts[t][half + i];
+    }
+  }
+  for (int t = 0; t < kTokens; ++t) dots[t] = parts[t][0];
 }
 
-// Logits, and lengths of the values if there are any, [heads, tokens] each, of `count` tokens: one after the other, as
-// an image lies in memory.
-template <int kBytes, typename value_t, typename acc_t>
-[[gnu::always_inline]] inline void visit_tokens(const ClassAttentionParams& params, const acc_t* __restrict__ q,
-                                                const value_t* __restrict__ k, const value_t* __restrict__ v,
-                                                int64_t count, acc_t* __restrict__ logits,
-                                                acc_t* __restrict__ lengths) {
+// Logits, and lengths of the values if there are any, [heads, tokens] each, of kTokens tokens.
+template <int kTokens, int kBytes, typename value_t, typename acc_t>
+[[gnu::always_inline]] inline void visit_tokens(const ClassAttentionParams& params, const acc_t* q, const value_t* k,
+                                                const value_t* v, acc_t* logits, acc_t* lengths) {
   const QkParams& qk = params.qk;
   const acc_t scale = static_cast<acc_t>(qk.scale);
-  for (int64_t n = 0; n < count; ++n) {
-    for (int64_t h = 0; h < qk.heads; ++h) {
-      acc_t product;
-      dot<kBytes>(q + h * qk.channels, k + n * qk.k_token_stride + h * qk.k_head_stride, qk.channels, product);
-      logits[h * qk.tokens + n] = product * scale;
-    }
+  for (int64_t h = 0; h < qk.heads; ++h) {
+    acc_t dots[kTokens];
+    dot_tokens<kTokens, kBytes>(q + h * qk.channels, 0, k + h * qk.k_head_stride, qk.k_token_stride, qk.channels, dots);
+    for (int t = 0; t < kTokens; ++t) logits[h * qk.tokens + t] = dots[t] * scale;
     if (!v) continue;
-    for (int64_t h = 0; h < qk.heads; ++h) {
-      const value_t* value = v + n * params.v_token_stride + h * params.v_head_stride;
-      acc_t square;
-      dot<kBytes>(value, value, params.v_channels, square);
-      lengths[h * qk.tokens + n] = std::sqrt(square);
-    }
+    const value_t* values = v + h * params.v_head_stride;
+    dot_tokens<kTokens, kBytes>(values, params.v_token_stride, values, params.v_token_stride, params.v_channels, dots);
+    for (int t = 0; t < kTokens; ++t) lengths[h * qk.tokens + t] = std::sqrt(dots[t]);
   }
 }
 
@@ -103,11 +106,18 @@ void visit_images(const ClassAttentionParams& params, const value_t* q, const va
       for (int64_t h = 0; h < qk.heads; ++h) {
         std::copy_n(q + qk.q_offset(image, h), qk.channels, query.data() + h * qk.channels);
       }
-      const value_t* keys = k + qk.k_offset(image, 0) + first * qk.k_token_stride;
-      const value_t* values = v ? v + params.v_offset(image, 0) + first * params.v_token_stride : nullptr;
-      const int64_t to = image * qk.heads * n + first;
       with_vectors([&](auto bytes) __attribute__((always_inline)) {
-        visit_tokens<bytes()>(params, query.data(), keys, values, count, logits + to, lengths + to);
+        int64_t t = first;
+        const auto visit = [&](auto tokens) __attribute__((always_inline)) {
+          for (; t + tokens() <= first + count; t += tokens()) {
+            visit_tokens<tokens(), bytes()>(params, query.data(), k + qk.k_offset(image, 0) + t * qk.k_token_stride,
+                                            v ? v + params.v_offset(image, 0) + t * params.v_token_stride : nullptr,
+                                            logits + image * qk.heads * n + t,
+                                            v ? lengths + image * qk.heads * n + t : nullptr);
+          }
+        };
+        visit(std::integral_constant<int, 4>());
+        visit(std::integral_constant<int, 1>());
       });
       row += count;
     }
