@@ -19,7 +19,8 @@ namespace tokenprune {
 
 // Calls f(bytes of a vector register), an always_inline function, compiled for the best level there is: for what is
 // written in vectors of that size. Selects between larger ones compilers take apart into single numbers.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(TOKENPRUNE_NARROW_VECTORS)
+#define TOKENPRUNE_WIDE_VECTORS
 template <typename F>
 __attribute__((target("arch=x86-64-v3"))) void with_32_bytes(const F& f) {
   f(std::integral_constant<int, 32>());
@@ -31,7 +32,7 @@ __attribute__((target("arch=x86-64-v4"))) void with_64_bytes(const F& f) {
 #endif
 template <typename F>
 void with_vectors(const F& f) {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef TOKENPRUNE_WIDE_VECTORS
   if (__builtin_cpu_supports("x86-64-v4")) return with_64_bytes(f);
   if (__builtin_cpu_supports("x86-64-v3")) return with_32_bytes(f);
 #endif
