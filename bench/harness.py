@@ -69,10 +69,11 @@ def measure(case: Case, budget_s: float) -> list[dict[str, Any]]:
     """One record a variant; times in seconds, ``ratio`` is its median over the kernel's."""
     cuda = case.device == "cuda"
     variants = dict(case.variants)
-    if cuda:
-        variants[GRAPH] = cuda_graph(variants[KERNEL])
-    check(case, variants)
-    times = time_in_turns({**variants, **case.baselines}, cuda=cuda, budget_s=budget_s)
+    with torch.inference_mode():  # as a model's forward pass: else torch looks for gradients, in Python, in every call
+        if cuda:
+            variants[GRAPH] = cuda_graph(variants[KERNEL])
+        check(case, variants)
+        times = time_in_turns({**variants, **case.baselines}, cuda=cuda, budget_s=budget_s)
     kernel = quantile(times[KERNEL], 0.5)
     return [
         {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "column_sums.h"
@@ -12,30 +13,26 @@ namespace {
 
 constexpr int64_t kRows = 64;  // most queries of a task, whose entries lie side by side in each head
 
-// Entries of all heads that are reduced together, in registers.
+// Entries that are reduced over the heads together.
 template <typename acc_t>
-constexpr int64_t kStrip = 256 / static_cast<int64_t>(sizeof(acc_t));
+constexpr int64_t kStrip = 128 / static_cast<int64_t>(sizeof(acc_t));
 
 // out[k] = the sum over `rows` queries of the reduction over heads of their entries k. A head's rows are walked through
 // as one, so that a strip may begin in one row and end in the next: `sums` has room for n + kStrip.
-template <bool kMax, typename value_t, typename acc_t>
-TOKENPRUNE_MULTIVERSION void sum_rows(const value_t* __restrict__ entries, int64_t head_stride, int64_t heads,
-                                      int64_t rows, int64_t n, acc_t* __restrict__ sums, acc_t* __restrict__ out) {
-  constexpr int64_t kWidth = kStrip<acc_t>;
+template <int kBytes, bool kMax, typename value_t, typename acc_t>
+[[gnu::always_inline]] inline void sum_rows(const value_t* __restrict__ entries, int64_t head_stride, int64_t heads,
+                                            int64_t rows, int64_t n, acc_t* __restrict__ sums,
+                                            acc_t* __restrict__ out) {
   using Reduction = HeadReduction<kMax, acc_t>;
+  constexpr int64_t kWidth = kStrip<acc_t>;
   const int64_t length = rows * n;
   int64_t column = 0;
   int64_t first = 0;
   std::fill_n(sums, n + kWidth, acc_t(0));
   for (; first + kWidth <= length; first += kWidth) {
-    const value_t* from = entries + first;
-    acc_t reduced[kWidth];
-    std::fill_n(reduced, kWidth, Reduction::kNothing);
-    for (int64_t h = 0; h < heads; ++h, from += head_stride) {
-      for (int64_t i = 0; i < kWidth; ++i) reduced[i] = Reduction::join(reduced[i], static_cast<acc_t>(from[i]));
-    }
-    for (int64_t i = 0; i < kWidth; ++i) sums[column + i] += reduced[i];
-    column = (column + kWidth) % n;
+    HeadStrip<kMax, kBytes, kWidth, acc_t>(entries + first, heads, head_stride).template add_to<kWidth>(sums + column);
+    column += kWidth;
+    while (column >= n) column -= n;
   }
   for (; first < length; ++first, ++column) {
     acc_t reduced = Reduction::kNothing;
@@ -45,7 +42,9 @@ TOKENPRUNE_MULTIVERSION void sum_rows(const value_t* __restrict__ entries, int64
     sums[column] += reduced;
   }
   std::copy_n(sums, n, out);
-  for (int64_t i = 0; i < kWidth; ++i) out[i % n] += sums[n + i];
+  for (int64_t i = n; i < n + kWidth; i += n) {
+    for (int64_t k = 0; k < std::min(n, n + kWidth - i); ++k) out[k] += sums[i + k];
+  }
 }
 
 Tensor attn_colsum_cpu(Tensor attn, std::string head_reduce, std::string query_rows, int64_t num_prefix) {
@@ -59,21 +58,21 @@ Tensor attn_colsum_cpu(Tensor attn, std::string head_reduce, std::string query_r
     const auto* a = vector_ptr<scalar_t>(attn);
     const int64_t n = params.tokens;
     std::vector<acc_t> partial(params.batch * blocks * n);
-    torch::stable::parallel_for(0, params.batch * blocks, 1, [&](int64_t begin, int64_t end) {
-      std::vector<acc_t> sums(n + kStrip<acc_t>);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t block = task % blocks;
-        const int64_t first = params.row_begin + block * queries / blocks;  // blocks of the same size, or one less
-        const int64_t rows = params.row_begin + (block + 1) * queries / blocks - first;
-        const auto* entries = a + (task / blocks * params.heads * n + first) * n;
-        acc_t* sum = partial.data() + task * n;
-        if (params.head_reduce == HeadReduce::kMax) {
-          sum_rows<true>(entries, n * n, params.heads, rows, n, sums.data(), sum);
-        } else {
-          sum_rows<false>(entries, n * n, params.heads, rows, n, sums.data(), sum);
+    const auto run = [&](auto max) {
+      torch::stable::parallel_for(0, params.batch * blocks, 1, [&](int64_t begin, int64_t end) {
+        std::vector<acc_t> sums(n + kStrip<acc_t>);
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t block = task % blocks;
+          const int64_t first = params.row_begin + block * queries / blocks;  // blocks of the same size, or one less
+          const int64_t rows = params.row_begin + (block + 1) * queries / blocks - first;
+          const auto* entries = a + (task / blocks * params.heads * n + first) * n;
+          with_vectors([&](auto bytes) __attribute__((always_inline)) {
+            sum_rows<bytes(), max()>(entries, n * n, params.heads, rows, n, sums.data(), partial.data() + task * n);
+          });
         }
-      }
-    });
+      });
+    };
+    params.head_reduce == HeadReduce::kMax ? run(std::true_type()) : run(std::false_type());
     for (int64_t image = 0; image < params.batch; ++image) {
       total_of_blocks(params, partial.data() + image * blocks * n, blocks, data_ptr<acc_t>(out) + image * n);
     }

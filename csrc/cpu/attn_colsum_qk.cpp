@@ -12,6 +12,7 @@
 namespace tokenprune {
 namespace {
 
+constexpr int64_t kTasks = 16;             // a small image is divided into as many, for the threads to share
 constexpr int64_t kPanelBytes = 16 << 20;  // packed keys held at a time; those of one image in any case
 
 // reduced[k] = row[k] * factor joined by the reduction over heads; the first head starts it. NaN propagates.
@@ -39,7 +40,8 @@ class ColumnSums {
         lse_(lse),
         out_(out),
         panel_(padded_columns<acc_t>(qk_.tokens) * qk_.channels),
-        blocks_((colsum_.row_end - colsum_.row_begin + kQueryBlock - 1) / kQueryBlock),
+        block_(std::clamp<int64_t>((colsum_.row_end - colsum_.row_begin) / kTasks / 4 * 4, 4, kQueryBlock)),
+        blocks_((colsum_.row_end - colsum_.row_begin + block_ - 1) / block_),
         group_(std::clamp<int64_t>(kPanelBytes / (qk_.heads * panel_ * static_cast<int64_t>(sizeof(acc_t))), 1,
                                    std::max<int64_t>(qk_.batch, 1))),
         panels_(group_ * qk_.heads * panel_),
@@ -67,11 +69,11 @@ class ColumnSums {
   void sum_blocks(int64_t first, int64_t images) {
     torch::stable::parallel_for(0, images * blocks_, 1, [&](int64_t begin, int64_t end) {
       AttentionRows<value_t, acc_t> rows(qk_);
-      std::vector<acc_t> reduced(kQueryBlock * rows.stride());
+      std::vector<acc_t> reduced(block_ * rows.stride());
       for (int64_t task = begin; task < end; ++task) {
         const int64_t image = task / blocks_;
-        const int64_t row = colsum_.row_begin + task % blocks_ * kQueryBlock;
-        const int64_t count = std::min(kQueryBlock, colsum_.row_end - row);
+        const int64_t row = colsum_.row_begin + task % blocks_ * block_;
+        const int64_t count = std::min(block_, colsum_.row_end - row);
         for (int64_t h = 0; h < qk_.heads; ++h) join(rows, first + image, image, h, row, count, reduced.data());
         add_rows(reduced.data(), count, rows.stride(), qk_.tokens, partial_.data() + task * qk_.tokens);
       }
@@ -107,7 +109,8 @@ class ColumnSums {
   const acc_t* lse_;  // [batch, heads, tokens], or null
   acc_t* out_;        // [batch, tokens]
   int64_t panel_;     // numbers in the packed keys of one head
-  int64_t blocks_;    // of queries, in an image
+  int64_t block_;     // queries whose rows are formed together, a multiple of four
+  int64_t blocks_;    // of them, in an image
   int64_t group_;     // images at a time
   std::vector<acc_t> panels_;
   std::vector<acc_t> partial_;  // [group, blocks, tokens]

@@ -12,37 +12,33 @@ namespace {
 constexpr int64_t kGrain = 64 * 1024;  // values a thread should have to reduce before another one is worth waking
 
 // out[t] = the sum over the channels of the reduction over heads, for `tokens` tokens of an image.
-template <bool kMax, typename value_t, typename acc_t>
-TOKENPRUNE_MULTIVERSION void sum_tokens(const HeadReducedSumParams& params, const value_t* __restrict__ features,
-                                        int64_t tokens, acc_t* __restrict__ out) {
+template <int kBytes, bool kMax, typename value_t, typename acc_t>
+[[gnu::always_inline]] inline void sum_tokens(const HeadReducedSumParams& params, const value_t* __restrict__ features,
+                                              int64_t tokens, acc_t* __restrict__ out) {
   using Reduction = HeadReduction<kMax, acc_t>;
-  constexpr int64_t kWidth = 32;  // channels at a time, in registers
+  constexpr int64_t kSums = VectorsOf<kBytes, acc_t>::kSums;
   const int64_t channels = params.channels;
   const acc_t divisor = static_cast<acc_t>(params.divisor());
-  for (int64_t t = 0; t < tokens; ++t) {
-    const value_t* token = features + t * params.token_stride;
-    acc_t sums[kWidth] = {};
-    if (channels < kWidth) {
-      for (int64_t c = 0; c < channels; ++c) {
-        sums[c] = Reduction::kNothing;
-        for (int64_t h = 0; h < params.heads; ++h) {
-          sums[c] = Reduction::join(sums[c], static_cast<acc_t>(token[h * params.head_stride + c]));
-        }
+  for (int64_t t = 0; t < tokens; ++t, features += params.token_stride) {
+    acc_t sums[kSums] = {};
+    int64_t c = 0;
+    const auto add = [&](auto width) __attribute__((always_inline)) {
+      for (; c + width() <= channels; c += width()) {
+        HeadStrip<kMax, kBytes, width(), acc_t>(features + c, params.heads, params.head_stride)
+            .template add_to<kSums>(sums);
       }
-    } else {
-      for (int64_t c = 0; c < channels; c += kWidth) {
-        const int64_t first = std::min(c, channels - kWidth);  // the last ones overlap those before, which count once
-        const value_t* from = token + first;
-        acc_t reduced[kWidth];
-        std::fill_n(reduced, kWidth, Reduction::kNothing);
-        for (int64_t h = 0; h < params.heads; ++h, from += params.head_stride) {
-          for (int64_t i = 0; i < kWidth; ++i) reduced[i] = Reduction::join(reduced[i], static_cast<acc_t>(from[i]));
-        }
-        for (int64_t i = 0; i < kWidth; ++i) sums[i] += first + i < c ? acc_t(0) : reduced[i];
+    };
+    add(std::integral_constant<int64_t, 4 * kSums>());  // wide: the heads' rows are read once, from front to back
+    add(std::integral_constant<int64_t, kSums>());
+    for (; c < channels; ++c) {
+      acc_t reduced = Reduction::kNothing;
+      for (int64_t h = 0; h < params.heads; ++h) {
+        reduced = Reduction::join(reduced, static_cast<acc_t>(features[h * params.head_stride + c]));
       }
+      sums[c % kSums] += reduced;
     }
 #pragma GCC unroll 8
-    for (int64_t half = kWidth / 2; half > 0; half /= 2) {
+    for (int64_t half = kSums / 2; half > 0; half /= 2) {
       for (int64_t i = 0; i < half; ++i) sums[i] += sums[half + i];
     }
     out[t] = sums[0] / divisor;
@@ -62,8 +58,10 @@ Tensor head_reduced_sum_cpu(Tensor features, std::string head_reduce) {
       torch::stable::parallel_for(0, params.batch * n, grain, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end;) {  // image by image
           const int64_t count = std::min(n - row % n, end - row);
-          sum_tokens<max()>(params, values + row / n * params.batch_stride + row % n * params.token_stride, count,
-                            sums + row);
+          const auto* first = values + row / n * params.batch_stride + row % n * params.token_stride;
+          with_vectors([&](auto bytes) __attribute__((always_inline)) {
+            sum_tokens<bytes(), max()>(params, first, count, sums + row);
+          });
           row += count;
         }
       });

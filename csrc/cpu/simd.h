@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../stable.h"
 
@@ -15,6 +16,28 @@
 #endif
 
 namespace tokenprune {
+
+// Calls f(bytes of a vector register), an always_inline function, compiled for the best level there is: for what is
+// written in vectors of that size. Selects between larger ones compilers take apart into single numbers.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(TOKENPRUNE_NARROW_VECTORS)
+#define TOKENPRUNE_WIDE_VECTORS
+template <typename F>
+__attribute__((target("arch=x86-64-v3"))) void with_32_bytes(const F& f) {
+  f(std::integral_constant<int, 32>());
+}
+template <typename F>
+__attribute__((target("arch=x86-64-v4"))) void with_64_bytes(const F& f) {
+  f(std::integral_constant<int, 64>());
+}
+#endif
+template <typename F>
+void with_vectors(const F& f) {
+#ifdef TOKENPRUNE_WIDE_VECTORS
+  if (__builtin_cpu_supports("x86-64-v4")) return with_64_bytes(f);
+  if (__builtin_cpu_supports("x86-64-v3")) return with_32_bytes(f);
+#endif
+  f(std::integral_constant<int, 16>());
+}
 
 // 16-bit floats as types that the compiler converts in vector registers.
 struct Bf16 {
@@ -48,6 +71,25 @@ template <typename scalar_t>
 const vectorizable_t<scalar_t>* vector_ptr(const Tensor& tensor) {
   return static_cast<const vectorizable_t<scalar_t>*>(tensor.data_ptr());
 }
+
+// Vectors of kBytes: 64 bytes of them, and how they are filled.
+template <int kBytes, typename acc_t>
+struct VectorsOf {
+  typedef acc_t type __attribute__((vector_size(kBytes), aligned(sizeof(acc_t)), may_alias));
+  static constexpr int64_t kLanes = kBytes / static_cast<int64_t>(sizeof(acc_t));
+  static constexpr int64_t kCount = 64 / kBytes;
+  static constexpr int64_t kSums = kCount * kLanes;
+
+  template <typename value_t>
+  [[gnu::always_inline]] static void load(const value_t* from, type& vector) {
+    acc_t wide[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) wide[i] = static_cast<acc_t>(from[i]);
+    vector = *reinterpret_cast<const type*>(wide);
+  }
+  [[gnu::always_inline]] static void load(const acc_t* from, type& vector) {
+    vector = *reinterpret_cast<const type*>(from);
+  }
+};
 
 // The sum of term(0) .. term(n - 1), in sixteen parts, which the compiler keeps in registers. For multiversioned
 // functions, which have to inline it.

@@ -107,6 +107,18 @@ def test_same_bits_whatever_the_strides(backend: Backend, channels: int, dtype: 
         assert torch.equal(backend.run("class_attention", q, k, v, None, 0.2, "mean")[0], expected)
 
 
+@pytest.mark.parametrize("channels", [64, 52])
+def test_same_bits_however_threads_share_images(channels: int) -> None:
+    """A thread may begin at any token, where others take four of them together."""
+    q, k = (part.float() for part in given(2, 4, 579, channels)[:2])
+    v = torch.randn(2, 4, 579, channels, generator=torch.Generator().manual_seed(0))
+    args = (q, k, v, None, 0.1, "max")
+    (expected,) = Backend("cpu").run("class_attention", *args)
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(Backend("cpu").run("class_attention", *args)[0], expected)
+
+
 def test_many_tokens_need_no_matrix(device: str) -> None:
     q, k = (part.float().to(device) for part in given(1, 2, 4096, 64)[:2])
     plain = (0.125 * q[:, :, :1] @ k.mT).softmax(-1).squeeze(2).mean(1)
