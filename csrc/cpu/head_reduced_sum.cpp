@@ -9,7 +9,7 @@
 namespace tokenprune {
 namespace {
 
-constexpr int64_t kGrain = 64 * 1024;  // values a thread should have to reduce before another one is worth waking
+constexpr int64_t kGrain = 128 * 1024;  // values a thread should have to reduce before another one is worth waking
 
 // out[t] = the sum over the channels of the reduction over heads, for `tokens` tokens of an image.
 template <int kBytes, bool kMax, typename value_t, typename acc_t>
