@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +81,18 @@ def toy(
 
 
 def forked(target: Callable[..., Any], *args: Any, count: int = 1, **kwargs: Any) -> list[int]:
-    """Run it in `count` processes that know of each other as under torchrun; their exit codes, -9 for a killed one."""
-    fork = multiprocessing.get_context("fork")
+    """Run it in `count` processes that know of each other as under torchrun; their exit codes, -9 for a killed one.
+
+    They are forks of a server, not of this process, where autograd may have started threads. The target has to be a
+    function of a module, not of a test file.
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tokenprune_ext.train"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     variables = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-    def child(rank: int) -> None:
-        os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
-        target(*args, **kwargs)
-
-    started = [fork.Process(target=child, args=(rank,)) for rank in range(count)]
+    started = [server.Process(target=_run, args=(rank, variables, target, args, kwargs)) for rank in range(count)]
     for process in started:
         process.start()
     for process in started:
@@ -102,6 +102,11 @@ def forked(target: Callable[..., Any], *args: Any, count: int = 1, **kwargs: Any
                 other.kill()
                 other.join()
     return [process.exitcode for process in started]
+
+
+def _run(rank: int, variables: Mapping[str, str], target: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
+    target(*args, **kwargs)
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

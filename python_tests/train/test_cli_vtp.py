@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from killed_training import killed_before_model
+from killed_training import run_on_files as run
 from safetensors.torch import load_file
 from toy_training import forked, rows
 
 from tokenprune_ext import checkpoint, schedule_of, vtp
-from tokenprune_ext.cli_train import train
 from tokenprune_ext.loading import load_model
-
-
-def run(command: str, inputs: Path, output: Path, *more: object) -> Result:
-    model = ("--model", "test_vit", "--img-size", 64, "--weights", inputs / "w.safetensors", "--device", "cpu")
-    how = ("--data", inputs / "images.tsv", "--batch-size", 4, "--epochs", 1, "--output", output)
-    return CliRunner().invoke(train, [command, *map(str, (*model, *how, *more))])
 
 
 def test_from_gates_to_a_smaller_model(inputs: Path, tmp_path: Path) -> None:
@@ -85,20 +77,8 @@ def test_other_settings_are_refused(inputs: Path, tmp_path: Path) -> None:
 def test_killed_between_the_parts(inputs: Path, tmp_path: Path, call: int) -> None:
     """Files of models are written one after the other: gates, smaller, fine-tuned."""
     files = ("model.safetensors", "rate-0.4.safetensors", "rate-0.4/model.safetensors")
-
-    def killed() -> None:
-        real, calls = checkpoint.save, [0]
-
-        def save(*args: Any) -> None:
-            calls[0] += 1
-            if calls[0] == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(*args)
-
-        checkpoint.save = save
-        assert run("vtp", inputs, tmp_path / "run", "--rate", 0.4).exit_code == 0
-
-    assert forked(killed) == [-signal.SIGKILL if call < 4 else 0]
+    died = forked(killed_before_model, call, "vtp", inputs, tmp_path / "run", "--rate", 0.4)
+    assert died == [-signal.SIGKILL if call < 4 else 0]
     assert [(tmp_path / "run" / file).exists() for file in files] == [number < call - 1 for number in range(3)]
     assert run("vtp", inputs, tmp_path / "run", "--rate", 0.4).exit_code == 0
     assert run("vtp", inputs, tmp_path / "whole", "--rate", 0.4).exit_code == 0
