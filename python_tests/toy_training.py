@@ -84,10 +84,11 @@ def forked(target: Callable[..., Any], *args: Any, count: int = 1, **kwargs: Any
     """Run it in `count` processes that know of each other as under torchrun; their exit codes, -9 for a killed one.
 
     They are forks of a server, not of this process, where autograd may have started threads. The target has to be a
-    function of a module, not of a test file.
+    function of a module, not of a test file. The server has not this process's sys.path, and its forks do: what is
+    loaded ahead of them, for speed, must not be this package.
     """
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tokenprune_ext.train"])
+    server.set_forkserver_preload(["torch.distributed", "timm.data", "timm.models", "timm.optim", "timm.scheduler"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -58,27 +58,31 @@ def vtp(l1: float, gate_lr_scale: float, label_smoothing: float, **given: Any) -
     def build(model: nn.Module) -> Objective:
         from tokenprune_ext.vtp.objective import SparsityObjective
 
-        _check(model, asked)
+        asked["align"] = _check(model, asked)
         return SparsityObjective(l1, gate_lr_scale, label_smoothing)
 
     with session(given) as this:
         model, objective, data, options = this.start(build)
+        epochs, lr = asked.pop("finetune_epochs"), asked.pop("finetune_lr")
+        with values.usage_error(ValueError):
+            later = replace(options, epochs=epochs or options.epochs, lr=lr or options.lr)
         settings = {"method": "vtp", "l1": l1, "gate_lr_scale": gate_lr_scale, "label_smoothing": label_smoothing}
         gated = this.train(model, objective, data, options, given["output"], settings).model
         smaller, file = _smaller(this, gated, asked)
-        epochs, lr = asked.pop("finetune_epochs"), asked.pop("finetune_lr")
         if epochs == 0:
             return
 
         from tokenprune_ext.train import CrossEntropy
 
-        with values.usage_error(ValueError):
-            later = replace(options, epochs=epochs or options.epochs, lr=lr or options.lr)
         this.train(smaller, CrossEntropy(label_smoothing), data, later, file.with_suffix(""), settings | asked)
 
 
-def _check(model: nn.Module, asked: Mapping[str, Any]) -> None:
-    """What can be refused before gates are trained; which channels go depends on them, and how many does not."""
+def _check(model: nn.Module, asked: Mapping[str, Any]) -> int:
+    """What can be refused before gates are trained: which channels go depends on them, and how many does not.
+
+    Returns:
+        The multiple that kept widths are of, in place of a device's name.
+    """
     from copy import deepcopy
 
     from tokenprune_ext import vtp
@@ -88,6 +92,7 @@ def _check(model: nn.Module, asked: Mapping[str, Any]) -> None:
         ranking.at_rate(asked["rate"])
     elif not 0 < asked["by_latency"] <= 1:
         raise ValueError(f"--by-latency must be in (0, 1], got {asked['by_latency']}")
+    return ranking.align
 
 
 def _smaller(this: Session, gated: nn.Module, asked: Mapping[str, Any]) -> tuple[nn.Module, Path]:
@@ -116,13 +121,10 @@ def _smaller(this: Session, gated: nn.Module, asked: Mapping[str, Any]) -> tuple
 
 def _name(asked: Mapping[str, Any]) -> str:
     """Of what was removed, for files."""
-    name = (
-        f"rate-{asked['rate']:g}"
-        if asked["rate"] is not None
-        else (f"latency-{asked['by_latency']:g}-batch-{asked['latency_batch_size']}")
-    )
-    align = asked["align"]
-    return name if align == 1 else f"{name}-align-{align if isinstance(align, int) else Path(align).stem}"
+    by_rate = f"rate-{asked['rate']}"
+    by_latency = f"latency-{asked['by_latency']}-batch-{asked['latency_batch_size']}"
+    name = by_latency if asked["rate"] is None else by_rate
+    return name if asked["align"] == 1 else f"{name}-align-{asked['align']}"
 
 
 def _as_fast(gated: Any, asked: Mapping[str, Any], device: torch.device) -> AsFast:

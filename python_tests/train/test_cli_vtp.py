@@ -55,6 +55,21 @@ def test_another_rate_has_the_same_gates(inputs: Path, tmp_path: Path) -> None:
     assert sum(map(sum, widths[0])) < sum(map(sum, widths[1]))
 
 
+def test_files_are_named_by_what_was_removed(inputs: Path, tmp_path: Path) -> None:
+    folder, none = tmp_path / "run", ("--finetune-epochs", 0)
+    for more in [
+        ("--rate", 0.30000001),
+        ("--rate", 0.3),
+        ("--rate", 0.3, "--align", "a100"),
+        ("--rate", 0.3, "--align", 16),
+    ]:
+        assert run("vtp", inputs, folder, *more, *none).exit_code == 0
+    found = {file.name for file in folder.glob("rate-*")}
+    tile = vtp.tile_of("a100")
+    names = {"rate-0.30000001", "rate-0.3", f"rate-0.3-align-{tile}", "rate-0.3-align-16"}
+    assert found == {f"{name}.safetensors" for name in names}
+
+
 def test_other_settings_are_refused(inputs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert run("vtp", inputs, folder, "--rate", 0.4).exit_code == 0
@@ -129,6 +144,8 @@ def test_dynamicvit(inputs: Path, tmp_path: Path) -> None:
         ("vtp", ("--rate", 0.5, "--align", "nothing"), "no device 'nothing'"),
         ("vtp", ("--by-latency", 1.5), "--by-latency must be in (0, 1], got 1.5"),
         ("vtp", ("--rate", 0.5, "--l1", -1), "l1"),
+        # Known before the gates are trained, so it is said before.
+        ("vtp", ("--rate", 0.5, "--epochs", 2, "--warmup-epochs", 1, "--finetune-epochs", 1), "warmup_epochs"),
         ("dynamicvit", ("--keep", 0), "0.0 is not in the range"),
         ("dynamicvit", ("--before", "3,1"), "before must be block indices, ascending"),
         ("dynamicvit", ("--before", "9"), "before"),
