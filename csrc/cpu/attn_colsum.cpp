@@ -49,8 +49,8 @@ template <int kBytes, bool kMax, typename value_t, typename acc_t>
 
 Tensor attn_colsum_cpu(Tensor attn, std::string head_reduce, std::string query_rows, int64_t num_prefix) {
   const AttnColsumParams params = check_attn_colsum(attn, head_reduce, query_rows, num_prefix);
-  attn = torch::stable::contiguous(attn);
-  Tensor out = torch::stable::new_empty(attn, {params.batch, params.tokens}, accumulate_dtype(attn));
+  attn = as_contiguous(attn);
+  Tensor out = allocate(attn, {params.batch, params.tokens}, accumulate_dtype(attn));
   const int64_t queries = params.row_end - params.row_begin;
   const int64_t blocks = (queries + kRows - 1) / kRows;
   TOKENPRUNE_DISPATCH(attn.scalar_type(), "attn_colsum", [&] {

@@ -119,7 +119,7 @@ class ColumnSums {
 Tensor attn_colsum_qk_cpu(Tensor q, Tensor k, double scale, std::string head_reduce, std::string query_rows,
                           int64_t num_prefix, std::optional<Tensor> lse, bool) {
   const AttnColsumQkParams params = check_attn_colsum_qk(q, k, scale, head_reduce, query_rows, num_prefix, lse);
-  Tensor out = torch::stable::new_empty(q, {params.qk.batch, params.qk.tokens}, accumulate_dtype(q));
+  Tensor out = allocate(q, {params.qk.batch, params.qk.tokens}, accumulate_dtype(q));
   TOKENPRUNE_DISPATCH(q.scalar_type(), "attn_colsum_qk", [&] {
     using acc_t = accumulate_t<scalar_t>;
     const acc_t* sums = lse.has_value() ? data_ptr<acc_t>(*lse) : nullptr;

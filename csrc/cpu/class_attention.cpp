@@ -153,7 +153,7 @@ void weigh_images(const ClassAttentionParams& params, const value_t* q, const va
 Tensor class_attention_cpu(Tensor q, Tensor k, std::optional<Tensor> v, std::optional<Tensor> bias, double scale,
                            std::string head_reduce) {
   const ClassAttentionParams params = check_class_attention(q, k, v, bias, scale, head_reduce);
-  Tensor out = torch::stable::new_empty(q, {params.qk.batch, params.qk.tokens}, accumulate_dtype(q));
+  Tensor out = allocate(q, {params.qk.batch, params.qk.tokens}, accumulate_dtype(q));
   TOKENPRUNE_DISPATCH(q.scalar_type(), "class_attention", [&] {
     weigh_images(params, vector_ptr<scalar_t>(q), vector_ptr<scalar_t>(k),
                  v.has_value() ? vector_ptr<scalar_t>(*v) : nullptr,

@@ -49,7 +49,7 @@ Tensor head_reduced_sum_cpu(Tensor features, std::string head_reduce) {
   const HeadReducedSumParams params = check_head_reduced_sum(features, head_reduce);
   const int64_t n = params.tokens;
   const int64_t grain = std::max<int64_t>(1, kGrain / (params.heads * params.channels));
-  Tensor out = torch::stable::new_empty(features, {params.batch, n}, accumulate_dtype(features));
+  Tensor out = allocate(features, {params.batch, n}, accumulate_dtype(features));
   TOKENPRUNE_DISPATCH(features.scalar_type(), "head_reduced_sum", [&] {
     using acc_t = accumulate_t<scalar_t>;
     const auto* values = vector_ptr<scalar_t>(features);
