@@ -45,6 +45,20 @@ def test_metrics(tmp_path: Path) -> None:
     assert rates == pytest.approx([1e-5, 1e-5 + 0.5 * (1e-3 - 1e-5), *cosine])  # half an epoch, two steps, of warm-up
 
 
+def test_gradients_are_clipped(tmp_path: Path) -> None:
+    def moved(clip_grad: float | None) -> float:
+        folder = tmp_path / str(clip_grad)
+        trained = toy(folder, epochs=1, batch_size=22, warmup_epochs=0, opt="sgd", weight_decay=0, clip_grad=clip_grad)
+        pairs = zip(trained.model.parameters(), small_vit().parameters(), strict=True)
+        return sum(float((one - other).detach().square().sum()) for one, other in pairs) ** 0.5
+
+    free = moved(None)
+    norm = float(rows(tmp_path / "None")[0]["grad_norm"])
+    assert moved(norm / 4) == pytest.approx(free / 4, rel=1e-3)
+    # What is logged is the norm before.
+    assert float(rows(tmp_path / str(norm / 4))[0]["grad_norm"]) == pytest.approx(norm, rel=1e-3)
+
+
 def test_without_held_out_images(tmp_path: Path) -> None:
     assert toy(tmp_path / "run", held_out=0).top1 is None
     assert {row["top1"] for row in rows(tmp_path / "run")} == {""}
