@@ -30,8 +30,6 @@ struct HeadStrip {
   using vector_t = typename Vectors::type;
   static constexpr int64_t kLanes = Vectors::kLanes;
   static constexpr int64_t kVectors = kWidth / kLanes;
-  static constexpr int64_t kAhead = 4 * kWidth;
-  static constexpr int64_t kLine = 64;
 
   vector_t reduced[kVectors];
 
@@ -41,8 +39,6 @@ struct HeadStrip {
     for (int64_t v = 0; v < kVectors; ++v) Vectors::load(entries + v * kLanes, reduced[v]);
     for (int64_t h = 1; h < heads; ++h) {
       entries += head_stride;
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kWidth; i += kLine / sizeof(value_t)) __builtin_prefetch(entries + kAhead + i);
 #pragma GCC unroll 16
       for (int64_t v = 0; v < kVectors; ++v) {
         vector_t value;
