@@ -191,6 +191,15 @@ def test_merging_twice_is_merging_once(device: str) -> None:
         torch.testing.assert_close(twice, expected)
 
 
+def test_same_bits_however_threads_share_images() -> None:
+    x, size, *positions = merging(3, 300, 384, 2, 200)
+    args = (x.float(), size.float(), *positions, 2)
+    one = Backend("cpu").run("merge_tokens", *args)
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, Backend("cpu").run("merge_tokens", *args), one))
+
+
 @pytest.mark.parametrize("size_dtype", [torch.float16, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_sizes_may_have_any_floating_dtype(device: str, dtype: torch.dtype, size_dtype: torch.dtype) -> None:

@@ -158,6 +158,15 @@ def test_bad_arguments(arguments: dict[str, object], error: type[Exception], wor
         ops.topk_gather(**(good | arguments))  # type: ignore[arg-type]
 
 
+def test_same_bits_however_threads_share_images() -> None:
+    x, scores = (part.float() for part in tokens_and_scores(3, 300, 384))
+    args = (x, scores, 250, 2, "mean")
+    one = Backend("cpu").run("topk_gather", *args)
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, Backend("cpu").run("topk_gather", *args), one))
+
+
 def test_the_raw_operator_checks_too(device: str) -> None:
     x, scores = torch.rand(2, 6, 4, device=device), torch.rand(2, 6, device=device)
     with pytest.raises(RuntimeError, match=r"keep must be in 1\.\.5, got 6"):
