@@ -117,7 +117,7 @@ TOKENPRUNE_MULTIVERSION void dot_rows(const acc_t* __restrict__ rows, int64_t ro
 template <typename acc_t>
 void dot_block(const Rows<acc_t>& rows, int64_t num_rows, const acc_t* panels, int64_t d, int64_t n, acc_t factor,
                acc_t* out, int64_t out_stride) {
-  constexpr int kRows = 4;
+  constexpr int kRows = 8;
   const auto run = [&](auto count, int64_t r) {
     dot_rows<count()>(rows.data + r * rows.row_stride, rows.row_stride, rows.channel_stride, panels, d, n, factor,
                       out + r * out_stride, out_stride);

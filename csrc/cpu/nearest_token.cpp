@@ -21,7 +21,7 @@ namespace tokenprune {
 namespace {
 
 constexpr int64_t kRows = 16;     // rows a task owns
-constexpr int64_t kTogether = 4;  // of them, those with as many columns as the last
+constexpr int64_t kTogether = 8;  // of them, those with as many columns as the last
 constexpr int64_t kLanes = kBestLanes;
 
 // The patch tokens of one image in their order. A place is a position in it.
