@@ -113,18 +113,28 @@ TOKENPRUNE_MULTIVERSION void dot_rows(const acc_t* __restrict__ rows, int64_t ro
   if (first < n) dot_panel<kRows, 1>(rows, row_stride, channel_stride, panels, d, factor, out + first, out_stride);
 }
 
+// Rows whose sums fit the registers together.
+inline int64_t rows_at_once() {
+#ifdef TOKENPRUNE_WIDE_VECTORS
+  if (__builtin_cpu_supports("x86-64-v4")) return 8;
+#endif
+  return 4;
+}
+
 // The same for any number of rows.
 template <typename acc_t>
 void dot_block(const Rows<acc_t>& rows, int64_t num_rows, const acc_t* panels, int64_t d, int64_t n, acc_t factor,
                acc_t* out, int64_t out_stride) {
-  constexpr int kRows = 8;
-  const auto run = [&](auto count, int64_t r) {
-    dot_rows<count()>(rows.data + r * rows.row_stride, rows.row_stride, rows.channel_stride, panels, d, n, factor,
-                      out + r * out_stride, out_stride);
-  };
   int64_t r = 0;
-  for (; r + kRows <= num_rows; r += kRows) run(std::integral_constant<int, kRows>(), r);
-  for (; r < num_rows; ++r) run(std::integral_constant<int, 1>(), r);
+  const auto run = [&](auto count) {
+    for (; r + count() <= num_rows; r += count()) {
+      dot_rows<count()>(rows.data + r * rows.row_stride, rows.row_stride, rows.channel_stride, panels, d, n, factor,
+                        out + r * out_stride, out_stride);
+    }
+  };
+  if (rows_at_once() >= 8) run(std::integral_constant<int, 8>());
+  run(std::integral_constant<int, 4>());
+  run(std::integral_constant<int, 1>());
 }
 
 }  // namespace tokenprune

@@ -20,8 +20,7 @@
 namespace tokenprune {
 namespace {
 
-constexpr int64_t kRows = 16;     // rows a task owns
-constexpr int64_t kTogether = 8;  // of them, those with as many columns as the last
+constexpr int64_t kRows = 16;  // rows a task owns
 constexpr int64_t kLanes = kBestLanes;
 
 // The patch tokens of one image in their order. A place is a position in it.
@@ -107,6 +106,7 @@ void match_places(const NearestTokenParams& params, const Sorted<acc_t>& sorted,
   const int64_t d = params.channels;
   const int64_t stride = sorted.stride;
   const int64_t blocks = (n + kRows - 1) / kRows;
+  const int64_t together = rows_at_once();
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<acc_t[]> own(products ? nullptr : new acc_t[kRows * stride]);
     for (int64_t turn = begin; turn < end; ++turn) {
@@ -115,8 +115,8 @@ void match_places(const NearestTokenParams& params, const Sorted<acc_t>& sorted,
       const int64_t count = std::min(kRows, n - first);
       const acc_t* rows = sorted.panels.get() + first / kWidth * kWidth * d + first % kWidth;
       acc_t* out = products ? products + first * stride : own.get();
-      for (int64_t r = 0; r < count; r += kTogether) {
-        const int64_t last = std::min(r + kTogether, count) - 1;  // columns only become more from row to row
+      for (int64_t r = 0; r < count; r += together) {
+        const int64_t last = std::min(r + together, count) - 1;  // columns only become more from row to row
         dot_block({rows + r, 1, kWidth}, last + 1 - r, sorted.panels.get(), d, sorted.columns[first + last], acc_t(1),
                   out + r * stride, stride);
       }

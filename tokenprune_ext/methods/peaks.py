@@ -80,7 +80,7 @@ class Peaks(ScoredMethod):
         return merge_into(ctx, kept, dropped, match, self.proportional, lambda: score)
 
     def _match(self, ctx: AttentionContext, keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return ops.peaks_match(ctx.x.detach(), self.importance_scores(ctx), keep, ctx.num_prefix, self.exponent)
+        return ops.peaks_match(ctx.x, self.importance_scores(ctx), keep, ctx.num_prefix, self.exponent)
 
     def score_macs(self, cost: BlockCost, host: Host, tokens: int) -> int:
         """A token is compared with the more important ones only: every pair once."""

@@ -117,9 +117,11 @@ class ZeroTPrune(ScoredMethod):
             unranked = among.new_full(ctx.x.shape[:2], torch.nan)
             return unranked.scatter(1, rest, among[:, ctx.num_prefix :])
 
-        kept, lost = (rest.gather(1, part - ctx.num_prefix) for part in split(among, keep, ctx.num_prefix))
         if self.reduction == "drop":
+            _, places = ops.topk_gather(among.unsqueeze(2), among, keep, ctx.num_prefix)
+            kept = rest.gather(1, places - ctx.num_prefix)
             return Reduced(ctx.take(ctx.x, kept), kept, scores=ranked)
+        kept, lost = (rest.gather(1, part - ctx.num_prefix) for part in split(among, keep, ctx.num_prefix))
         dropped = torch.cat([similar, lost], 1).sort(1).values
         partner = positions(ctx).scatter(1, similar, match).gather(1, dropped)
         nearest = nearest_kept(ctx, kept).gather(1, partner)  # of a partner that was lost, with what went into it

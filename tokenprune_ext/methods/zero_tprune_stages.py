@@ -71,7 +71,7 @@ def pairing_macs(cost: BlockCost, feature: str, patches: int) -> int:
 
 def _feature(ctx: AttentionContext, name: str) -> Tensor:
     if name == "hidden":
-        return ctx.x.detach()
+        return ctx.x
     if name == "key_heads":
         return ctx.k.transpose(1, 2).flatten(2)
     return {"key": ctx.k, "query": ctx.q, "value": ctx.v}[name].sum(1)  # in the order of their means by any similarity
