@@ -43,16 +43,10 @@ TOKENPRUNE_MULTIVERSION acc_t exp_row(acc_t* __restrict__ row, int64_t n, acc_t 
 }
 
 template <typename acc_t>
-TOKENPRUNE_MULTIVERSION acc_t row_max(const acc_t* __restrict__ row, int64_t n) {
-  constexpr int64_t kParts = 16;
-  acc_t parts[kParts];
-  std::fill_n(parts, kParts, -std::numeric_limits<acc_t>::infinity());
-  int64_t k = 0;
-  for (; k + kParts <= n; k += kParts) {
-    for (int64_t j = 0; j < kParts; ++j) parts[j] = row[k + j] > parts[j] ? row[k + j] : parts[j];
-  }
-  for (; k < n; ++k) parts[0] = row[k] > parts[0] ? row[k] : parts[0];
-  return *std::max_element(parts, parts + kParts);
+acc_t row_max(const acc_t* row, int64_t n) {
+  acc_t found = 0;
+  with_vectors([&](auto bytes) __attribute__((always_inline)) { found = largest_of<bytes()>(row, n); });
+  return found;
 }
 
 // The logits of a block of queries of one head, and the buffers for them; one object a thread.

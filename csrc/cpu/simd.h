@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "../stable.h"
@@ -105,6 +106,39 @@ template <typename acc_t, typename Term>
   acc_t sum = 0;
   for (int64_t j = 0; j < kParts; ++j) sum += parts[j];
   return sum;
+}
+
+// join(lanes[0], ..., lanes[kLanes - 1]), in pairs.
+template <int64_t kLanes, typename vector_t, typename Join>
+[[gnu::always_inline]] inline auto join_lanes(const vector_t& lanes, const Join& join) {
+  std::remove_cvref_t<decltype(lanes[0])> joined[kLanes];
+#pragma GCC unroll 16
+  for (int64_t l = 0; l < kLanes; ++l) joined[l] = lanes[l];
+#pragma GCC unroll 4
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int64_t l = 0; l < half; ++l) joined[l] = join(joined[l], joined[l + half]);
+  }
+  return joined[0];
+}
+
+// The largest of n numbers, in vectors of kBytes; NaN never is, and without any other it is minus infinity. (For
+// with_vectors: loops over arrays, and masks that are joined, GCC takes apart into single numbers.)
+template <int kBytes, typename acc_t>
+[[gnu::always_inline]] inline acc_t largest_of(const acc_t* row, int64_t n) {
+  using Vectors = VectorsOf<kBytes, acc_t>;
+  constexpr acc_t kNone = -std::numeric_limits<acc_t>::infinity();
+  typename Vectors::type largest = typename Vectors::type{} + kNone;
+  int64_t i = 0;
+  for (; i + Vectors::kLanes <= n; i += Vectors::kLanes) {
+    typename Vectors::type value;
+    Vectors::load(row + i, value);
+    largest = value > largest ? value : largest;
+  }
+  const auto larger = [](acc_t a, acc_t b) { return b > a ? b : a; };
+  acc_t found = join_lanes<Vectors::kLanes>(largest, larger);
+  for (; i < n; ++i) found = larger(found, row[i]);
+  return found;
 }
 
 // sum += weight * x, n numbers.
