@@ -142,6 +142,17 @@ def test_heads_are_added_in_order(backend: Backend, dtype: torch.dtype) -> None:
     assert not same(backend, (metric, None, 22, 1), (metric[:, [1, 5, 0, 2, 3, 4]], None, 22, 1))
 
 
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sums_are_not_rounded(backend: Backend, dtype: torch.dtype) -> None:
+    """Tokens that are much the same: what tells them apart is beyond the 16 bits that each head has."""
+    metric, _ = single.tokens_and_scores(2, 90, 20, "alternate")
+    heads = torch.stack([1 + metric / 64, metric.flip(1) / 512], 1).to(backend.device, dtype)
+    total = heads.float().sum(1)
+    assert same(backend, (heads, None, 22, 1), (total, None, 22, 1))
+    assert not same(backend, (heads, None, 22, 1), (total.to(dtype), None, 22, 1))
+
+
 def test_same_bits_on_any_number_of_threads_and_alone() -> None:
     """A thread an image, or all threads on one."""
     cpu, metric = Backend("cpu"), packed(heads_and_scores(5, 6, 150, 64, "alternate")[0].float())
