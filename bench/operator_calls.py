@@ -35,7 +35,7 @@ def operator_calls(device: str, dtype: torch.dtype = torch.float32) -> dict[str,
         "wpr_qk": (q, k, 0.25, start, 5, 1e-6),
         "nearest_token": (x, rank, 1),
         "peaks_match": (x, scores.to(start.dtype), 10, 1, 2.0),
-        "bipartite_match": (x, scores, 10, 1, "unimportant"),
+        "bipartite_match": (q, scores, 10, 1, "unimportant"),
     }
 
 

@@ -62,7 +62,6 @@ std::tuple<Tensor, Tensor, Tensor> bipartite_match_cpu(Tensor metric, std::optio
                                                        std::string similarity_name, bool) {
   const BipartiteMatchParams params = check_bipartite_match(metric, scores, r, num_prefix, partition, similarity_name);
   const int64_t batch = params.nearest.batch;
-  metric = as_contiguous(metric);
   const Tensor values = scores.has_value() ? as_contiguous(*scores) : metric;
   Tensor dropped = allocate(metric, {batch, r}, ScalarType::Long);
   Tensor match = allocate(metric, {batch, r}, ScalarType::Long);

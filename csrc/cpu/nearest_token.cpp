@@ -16,6 +16,7 @@
 #include "../ops/nearest_token.h"
 #include "best_of_row.h"
 #include "dot_tile.h"
+#include "head_reduce.h"
 
 namespace tokenprune {
 namespace {
@@ -40,26 +41,35 @@ struct Sorted {
   std::unique_ptr<acc_t[]> panels;  // [stride / width, channels, width]: the tokens, divided by what goes with them
 };
 
-// row = x, divided by what goes with the similarity; returns what is added to its products.
-template <typename value_t, typename acc_t>
-TOKENPRUNE_MULTIVERSION acc_t normalize(Similarity similarity, const value_t* __restrict__ x, int64_t d,
-                                        acc_t* __restrict__ row) {
-  acc_t squares[kLanes] = {};
+// row = the sum over the heads of x, divided by what goes with the similarity; returns what is added to its products.
+template <int kBytes, typename value_t, typename acc_t>
+[[gnu::always_inline]] inline acc_t normalize(const NearestTokenParams& params, const value_t* __restrict__ x,
+                                              acc_t* __restrict__ row) {
+  using Strip = HeadStrip<false, kBytes, kLanes, acc_t>;
+  const int64_t d = params.channels;
+  typename Strip::vector_t squares[Strip::kVectors] = {};
   int64_t c = 0;
   for (; c + kLanes <= d; c += kLanes) {
-    for (int64_t l = 0; l < kLanes; ++l) {
-      row[c + l] = static_cast<acc_t>(x[c + l]);
-      squares[l] += row[c + l] * row[c + l];
+    const Strip strip(x + c, params.heads, params.head_stride);
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < Strip::kVectors; ++v) {
+      *reinterpret_cast<typename Strip::vector_t*>(row + c + v * Strip::kLanes) = strip.reduced[v];
+      squares[v] += strip.reduced[v] * strip.reduced[v];
     }
   }
-  acc_t sum = 0;
+#pragma GCC unroll 8
+  for (int64_t half = Strip::kVectors / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < half; ++v) squares[v] += squares[v + half];
+  }
+  acc_t sum = join_lanes<Strip::kLanes>(squares[0], [](acc_t a, acc_t b) { return a + b; });
   for (; c < d; ++c) {
     row[c] = static_cast<acc_t>(x[c]);
+    for (int64_t h = 1; h < params.heads; ++h) row[c] += static_cast<acc_t>(x[h * params.head_stride + c]);
     sum += row[c] * row[c];
   }
-  for (int64_t l = 0; l < kLanes; ++l) sum += squares[l];
-  const acc_t term = token_term(similarity, sum, std::sqrt(sum));
-  if (similarity == Similarity::kEuclidean) return term;
+  const acc_t term = token_term(params.similarity, sum, std::sqrt(sum));
+  if (params.similarity == Similarity::kEuclidean) return term;
   const acc_t factor = 1 / term;
   for (c = 0; c < d; ++c) row[c] *= factor;
   return 0;
@@ -72,8 +82,10 @@ TOKENPRUNE_MULTIVERSION void add_offsets(acc_t own, const acc_t* __restrict__ of
 }
 
 template <typename value_t>
-[[gnu::always_inline]] inline void prefetch_row(const value_t* row, int64_t d) {
-  for (int64_t c = 0; c < d; c += 64 / static_cast<int64_t>(sizeof(value_t))) __builtin_prefetch(row + c);
+[[gnu::always_inline]] inline void prefetch_token(const NearestTokenParams& params, const value_t* x) {
+  for (int64_t h = 0; h < params.heads; ++h, x += params.head_stride) {
+    for (int64_t c = 0; c < params.channels; c += 64 / static_cast<int64_t>(sizeof(value_t))) __builtin_prefetch(x + c);
+  }
 }
 
 // The tokens of all places, ready to be multiplied, in panels.
@@ -86,11 +98,13 @@ void pack_rows(const NearestTokenParams& params, const value_t* x, Sorted<acc_t>
     const std::unique_ptr<acc_t[]> rows(new acc_t[kWidth * d]);
     for (int64_t first = begin * kWidth; first < end * kWidth; first += kWidth) {
       const int64_t count = std::min(kWidth, n - first);
-      for (int64_t i = 0; i < count; ++i) {
-        const value_t* token = x + sorted.tokens[first + i] * d;
-        if (i + 1 < count) prefetch_row(x + sorted.tokens[first + i + 1] * d, d);
-        sorted.offsets[first + i] = normalize(params.similarity, token, d, rows.get() + i * d);
-      }
+      with_vectors([&](auto bytes) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < count; ++i) {
+          const value_t* token = x + sorted.tokens[first + i] * params.token_stride;
+          if (i + 1 < count) prefetch_token(params, x + sorted.tokens[first + i + 1] * params.token_stride);
+          sorted.offsets[first + i] = normalize<bytes()>(params, token, rows.get() + i * d);
+        }
+      });
       pack_columns(rows.get(), d, count, d, sorted.panels.get() + first * d);
     }
   });
@@ -147,7 +161,7 @@ void search_all(const NearestTokenParams& params, const Tensor& metric, const Or
     for (int64_t b = begin; b < end; ++b) {
       if (n > 0) {
         order(b, sorted.tokens.data(), sorted.columns.data());
-        pack_rows(params, x + b * params.tokens * params.channels, sorted);
+        pack_rows(params, x + b * params.batch_stride, sorted);
         match_places(params, sorted, rows.get(), similarity.data(), candidate.data());
       }
       finish(b, {sorted.tokens.data(), rows.get(), sorted.stride, similarity.data(), candidate.data()});
@@ -175,7 +189,6 @@ void sort_by_rank(const NearestTokenParams& params, const int64_t* rank, int32_t
 
 std::tuple<Tensor, Tensor> nearest_token_cpu(Tensor metric, Tensor rank, int64_t num_prefix, std::string name, bool) {
   const NearestTokenParams params = check_nearest_token(metric, rank, num_prefix, name);
-  metric = as_contiguous(metric);
   rank = as_contiguous(rank);
   Tensor similarity = allocate(metric, {params.batch, params.tokens}, accumulate_dtype(metric));
   Tensor index = allocate(metric, {params.batch, params.tokens}, ScalarType::Long);

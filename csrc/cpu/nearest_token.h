@@ -24,9 +24,9 @@ struct Found {
 // Called after every image; by several threads at once.
 using Finish = std::function<void(int64_t image, const Found& found)>;
 
-// Similarities are in the dtype of sums. Arguments are checked and contiguous.
+// Similarities are in the dtype of sums. Arguments are checked.
 void search_nearest(const NearestTokenParams& params,
-                    const Tensor& metric,  // [batch, tokens, channels]
+                    const Tensor& metric,  // as `params` describe it
                     const Order& order, bool keep_rows, const Finish& finish);
 
 }  // namespace tokenprune

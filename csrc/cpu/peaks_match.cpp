@@ -123,7 +123,6 @@ void match_all(const PeaksMatchParams& params, const Tensor& metric, const Tenso
 std::tuple<Tensor, Tensor, Tensor, Tensor> peaks_match_cpu(Tensor metric, Tensor importance, int64_t keep,
                                                            int64_t num_prefix, double exponent, bool) {
   const PeaksMatchParams params = check_peaks_match(metric, importance, keep, num_prefix, exponent);
-  metric = as_contiguous(metric);
   importance = as_contiguous(importance);
   const int64_t batch = params.nearest.batch;
   const Results results{allocate(importance, {batch, params.nearest.tokens}, importance.scalar_type()),

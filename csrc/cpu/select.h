@@ -40,9 +40,15 @@ void select(const TopkGatherParams& params,
   const int64_t patches = params.tokens - params.num_prefix;
   std::iota(order, order + patches, static_cast<int32_t>(params.num_prefix));
   if (params.keep == 0) return;
-  std::nth_element(order, order + params.keep - 1, order + patches, BestFirst<value_t>{scores});
-  std::sort(order, order + params.keep);
-  std::sort(order + params.keep, order + patches);
+  const BestFirst<value_t> before{scores};
+  std::nth_element(order, order + params.keep - 1, order + patches, before);
+  const int32_t last = order[params.keep - 1];
+  int32_t* kept = order;
+  int32_t* dropped = order + params.keep;
+  for (int64_t i = params.num_prefix; i < params.tokens; ++i) {
+    const auto position = static_cast<int32_t>(i);
+    *(before(last, position) ? dropped : kept)++ = position;
+  }
 }
 
 }  // namespace tokenprune

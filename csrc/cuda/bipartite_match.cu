@@ -56,7 +56,6 @@ std::tuple<Tensor, Tensor, Tensor> bipartite_match_cuda(Tensor metric, std::opti
   const BipartiteMatchParams params = check_bipartite_match(metric, scores, r, num_prefix, partition, similarity_name);
   const CudaScope scope(metric);
   const cudaStream_t stream = scope.stream;
-  metric = torch::stable::contiguous(metric);
   const Tensor group = find_groups(params, metric, scores, stream);
   const auto [similarity, partner] = nearest_cuda(params.nearest, allow_tf32, metric, group, stream);
   const Tensor score = similarity.scalar_type() == ScalarType::Double

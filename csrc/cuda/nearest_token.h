@@ -8,9 +8,9 @@
 
 namespace tokenprune {
 
-// Similarity and position of the most similar patch token of lower rank. Arguments are checked and contiguous.
+// Similarity and position of the most similar patch token of lower rank. Arguments are checked, `rank` is contiguous.
 std::tuple<Tensor, Tensor> nearest_cuda(const NearestTokenParams& params, bool allow_tf32,
-                                        const Tensor& metric,  // [batch, tokens, channels]
+                                        const Tensor& metric,  // as `params` describe it
                                         const Tensor& rank,    // [batch, tokens]
                                         cudaStream_t stream);
 

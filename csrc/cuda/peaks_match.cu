@@ -35,7 +35,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> peaks_match_cuda(Tensor metric, Tenso
                                                             int64_t num_prefix, double exponent, bool allow_tf32) {
   const PeaksMatchParams params = check_peaks_match(metric, importance, keep, num_prefix, exponent);
   const CudaScope scope(metric);
-  metric = torch::stable::contiguous(metric);
   importance = torch::stable::contiguous(importance);
   const int64_t batch = params.nearest.batch;
   const Results results{torch::stable::new_empty(importance, {batch, params.nearest.tokens}),

@@ -9,11 +9,11 @@
 
 namespace tokenprune {
 
-inline BipartiteMatchParams check_bipartite_match(const Tensor& metric,                 // [B, N, D]
+inline BipartiteMatchParams check_bipartite_match(Tensor& metric,                       // [B, N, D] or [B, H, N, D]
                                                   const std::optional<Tensor>& scores,  // [B, N]
                                                   int64_t r, int64_t num_prefix, const std::string& partition,
                                                   const std::string& similarity) {
-  BipartiteMatchParams params{check_metric(metric, num_prefix, similarity), r, Partition::kAlternate};
+  BipartiteMatchParams params{check_metric(metric, num_prefix, similarity, true), r, Partition::kAlternate};
   if (partition == "unimportant") {
     params.partition = Partition::kUnimportant;
   } else if (partition == "important") {

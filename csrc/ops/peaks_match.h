@@ -8,7 +8,7 @@
 
 namespace tokenprune {
 
-inline PeaksMatchParams check_peaks_match(const Tensor& metric,      // [B, N, D]
+inline PeaksMatchParams check_peaks_match(Tensor& metric,            // [B, N, D]
                                           const Tensor& importance,  // [B, N]
                                           int64_t keep, int64_t num_prefix, double exponent) {
   const PeaksMatchParams params{check_metric(metric, num_prefix, "cosine"), keep, exponent};

@@ -85,12 +85,13 @@ def partners(dropped: Tensor, match: Tensor) -> Tensor:
 @pytest.mark.parametrize("r", [0, 4, 11])
 def test_pairs(partition, similarity, r):
     op = own.bipartite_match.default
-    arguments = (X, None if partition == "alternate" else SCORES, r, 1, partition, similarity)
-    dropped, match, kept = op(*arguments)
-    for formulation, in_order in ((IN_ORDER[op], True), (FREE[op], False)):
-        found = formulation(*arguments)
-        assert torch.equal(partners(*found[:2]), partners(dropped, match))
-        assert torch.equal(found[2] if in_order else found[2].sort(1).values, kept)
+    for metric in (X, QK[1]):
+        arguments = (metric, None if partition == "alternate" else SCORES, r, 1, partition, similarity)
+        dropped, match, kept = op(*arguments)
+        for formulation, in_order in ((IN_ORDER[op], True), (FREE[op], False)):
+            found = formulation(*arguments)
+            assert torch.equal(partners(*found[:2]), partners(dropped, match))
+            assert torch.equal(found[2] if in_order else found[2].sort(1).values, kept)
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)

@@ -261,9 +261,20 @@ def test_properties(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        (dict(metric=torch.rand(2, 6)), ValueError, r"metric must have shape \[B, N, D\], got \[2, 6\]"),
+        (
+            dict(metric=torch.rand(2, 6)),
+            ValueError,
+            r"metric must have shape \[B, N, D\] or \[B, H, N, D\], got \[2, 6\]",
+        ),
         (dict(metric=torch.ones(2, 6, 4, dtype=torch.int8)), TypeError, "metric must have one of the dtypes.*int8"),
         (dict(metric=torch.rand(2, 6, 0)), ValueError, "at least one token and one channel"),
+        (dict(metric=torch.rand(2, 0, 6, 4)), ValueError, r"at least one head, one token and one .*\[2, 0, 6, 4\]"),
+        (
+            dict(metric=torch.rand(2, 6, 5, 4)),
+            ValueError,
+            r"shape \[2, 5\] to go with metric \[2, 6, 5, 4\], got \[2, 6",
+        ),
+        (dict(metric=torch.rand(1, 2, 6, 5, 4)), ValueError, r"metric must have shape .*, got \[1, 2, 6, 5, 4\]"),
         (dict(scores=None), ValueError, r"partition='important' needs scores \[B, N\], got None"),
         (dict(partition="alternate"), ValueError, "scores must be None with partition='alternate'"),
         (dict(scores=torch.rand(2, 5)), ValueError, r"scores must have shape \[2, 6\].*got \[2, 5\]"),
@@ -296,3 +307,10 @@ def test_the_raw_operator_checks_too(device: str) -> None:
     ):
         with pytest.raises(RuntimeError, match=words):
             torch.ops.tokenprune.bipartite_match(metric, *args)
+    for shape, words in (
+        ((2, 6), r"metric must have shape \[B, N, D\] or \[B, H, N, D\]"),
+        ((2, 0, 6, 4), "at least one head"),
+        ((2, 3, 6, 0), "one channel"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            torch.ops.tokenprune.bipartite_match(torch.rand(shape, device=device), None, 0, 0)

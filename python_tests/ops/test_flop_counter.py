@@ -32,6 +32,7 @@ def test_operators():
         lambda: OPS.nearest_token(metric, torch.arange(17).expand(2, -1), num_prefix=1): 2 * 24 * (16 * 15 // 2),
         lambda: OPS.peaks_match(metric, scores, 5, 1): 2 * 24 * (16 * 15 // 2 + 5 * 11),
         lambda: OPS.bipartite_match(metric, None, 3, 2): 2 * 24 * 7 * 8,
+        lambda: OPS.bipartite_match(q, None, 3, 2): 2 * 8 * 7 * 8,
         lambda: ops.topk_gather(metric, scores, 5): 0,
     }
     for run, macs in expected.items():

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokenprune_ext.ops._check import accumulate_dtype
-from tokenprune_ext.ops._similarity import MIN_NORM, pairwise
+from tokenprune_ext.ops._similarity import MIN_NORM, pairwise, sum_heads
 
 
 def ascending(index: Tensor, ordered: bool) -> Tensor:
@@ -117,6 +117,7 @@ def bipartite_match(
     similarity: str = "cosine",
     allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    metric = sum_heads(metric)
     patches = metric.shape[1] - num_prefix
     group_a, group_b, rows_a, rows_b = _groups(_rows(metric[:, num_prefix:], similarity), scores, num_prefix, partition)
     best, partner = pairwise(rows_a, rows_b, similarity).max(2)

@@ -96,8 +96,8 @@ class ToMe(Method):
         return counts
 
     def reduce(self, ctx: AttentionContext, keep: int) -> Reduced:
-        keys = ctx.k.sum(1)  # as similar to each other as their means
-        dropped, match, kept = ops.bipartite_match(keys, None, ctx.num_patches - keep, ctx.num_prefix)
+        # The sums over the heads are as similar to each other as their means.
+        dropped, match, kept = ops.bipartite_match(ctx.k, None, ctx.num_patches - keep, ctx.num_prefix)
         if self.reduction == "drop":
             return Reduced(ctx.take(ctx.x, kept), kept)
         return merge_into(ctx, kept, dropped, match, self.proportional)

@@ -74,4 +74,4 @@ def _feature(ctx: AttentionContext, name: str) -> Tensor:
         return ctx.x
     if name == "key_heads":
         return ctx.k.transpose(1, 2).flatten(2)
-    return {"key": ctx.k, "query": ctx.q, "value": ctx.v}[name].sum(1)  # in the order of their means by any similarity
+    return {"key": ctx.k, "query": ctx.q, "value": ctx.v}[name]  # compared by its sum over the heads

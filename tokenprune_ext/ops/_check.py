@@ -34,13 +34,14 @@ def widened(value: Any, of: object, integers: bool = False) -> Any:
 
 
 def check_floating(name: str, value: object, shape: str) -> None:
-    """``value`` is a tensor of a supported dtype with as many dimensions as ``shape`` names, e.g. ``"[B, H, N]"``."""
+    """``value`` is a tensor of a supported dtype with as many dimensions as ``shape`` names, e.g. ``"[B, H, N]"`` or
+    ``"[B, N] or [B, H, N]"``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {shape}, got {type(value).__name__}")
     if value.dtype not in FLOAT_DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
         raise TypeError(f"{name} must have one of the dtypes {allowed}, got {value.dtype}")
-    if value.dim() != shape.count(",") + 1:
+    if value.dim() not in [one.count(",") + 1 for one in shape.split(" or ")]:
         raise ValueError(f"{name} must have shape {shape}, got {list(value.shape)}")
 
 

@@ -19,13 +19,20 @@ SIMILARITIES = ("cosine", "dot", "euclidean")
 MIN_NORM = 1e-12
 
 
-def check_metric(metric: object, similarity: str) -> None:
-    """``metric`` is ``[B, N, D]`` with at least one token and one channel, ``similarity`` one of ``SIMILARITIES``."""
-    check_floating("metric", metric, "[B, N, D]")
+def check_metric(metric: object, similarity: str, heads: bool = False) -> None:
+    """``metric`` is ``[B, N, D]``, or with ``heads`` also ``[B, H, N, D]``, with at least one of each but images;
+    ``similarity`` is one of ``SIMILARITIES``."""
+    check_floating("metric", metric, "[B, N, D] or [B, H, N, D]" if heads else "[B, N, D]")
     assert isinstance(metric, Tensor)
-    if metric.shape[1] < 1 or metric.shape[2] < 1:
-        raise ValueError(f"metric must have at least one token and one channel, got shape {list(metric.shape)}")
+    if min(metric.shape[1:]) < 1:
+        needs = "one token and one channel" if metric.dim() == 3 else "one head, one token and one channel"
+        raise ValueError(f"metric must have at least {needs}, got shape {list(metric.shape)}")
     check_choice("similarity", similarity, SIMILARITIES)
+
+
+def sum_heads(metric: Tensor) -> Tensor:
+    """``[B, N, D]``: of ``[B, H, N, D]`` the sum over the heads, in the dtype that sums are formed in."""
+    return metric if metric.dim() == 3 else metric.to(accumulate_dtype(metric.dtype)).sum(1)
 
 
 def compared_rows(metric: Tensor, similarity: str) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from tokenprune_ext.checks import check_choice, check_int
 from ._check import check_floating
 from ._define import define
 from ._select import split
-from ._similarity import check_metric, compared_rows, pairwise, take_rows, tf32_allowed
+from ._similarity import check_metric, compared_rows, pairwise, sum_heads, take_rows, tf32_allowed
 
 PARTITIONS = ("alternate", "unimportant", "important")
 
@@ -27,19 +27,20 @@ def _check_scores(metric: Tensor, scores: Tensor | None, partition: str) -> None
     if scores is None:
         raise ValueError(f"partition={partition!r} needs scores [B, N], got None")
     check_floating("scores", scores, "[B, N]")
-    if scores.shape != metric.shape[:2]:
-        raise ValueError(f"scores must have shape {list(metric.shape[:2])} to go with metric {list(metric.shape)}, "
+    batch, tokens = metric.shape[0], metric.shape[-2]
+    if scores.shape != (batch, tokens):
+        raise ValueError(f"scores must have shape [{batch}, {tokens}] to go with metric {list(metric.shape)}, "
                          f"got {list(scores.shape)}")  # fmt: skip
     if scores.device != metric.device:
         raise ValueError(f"scores must be on the device of metric, {metric.device}, got {scores.device}")
 
 
 def _check(metric: Tensor, scores: Tensor | None, r: int, num_prefix: int, partition: str, similarity: str) -> None:
-    check_metric(metric, similarity)
+    check_metric(metric, similarity, heads=True)
     check_choice("partition", partition, PARTITIONS)
     _check_scores(metric, scores, partition)
-    check_int("num_prefix", num_prefix, 0, metric.shape[1], "the number of tokens")
-    patches = metric.shape[1] - num_prefix
+    check_int("num_prefix", num_prefix, 0, metric.shape[-2], "the number of tokens")
+    patches = metric.shape[-2] - num_prefix
     if patches < 2:
         check_int("r", r, 0, 0, f"there is nobody to match with among {patches} patch tokens")
     check_int("r", r, 0, (patches + 1) // 2, f"the larger half of {patches} patch tokens")
@@ -68,6 +69,7 @@ def reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator in plain torch, by way of all similarities between the groups."""
     _check(metric, scores, r, num_prefix, partition, similarity)
+    metric = sum_heads(metric)
     group_a, group_b = _groups(metric, scores, num_prefix, partition)
     if r == 0:
         empty = group_a.new_empty((metric.shape[0], 0))
@@ -92,7 +94,7 @@ def _fake(
     allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(metric, scores, r, num_prefix, partition, similarity)
-    batch, tokens, _ = metric.shape
+    batch, tokens = metric.shape[0], metric.shape[-2]
     dropped, match = (metric.new_empty((batch, r), dtype=torch.int64) for _ in range(2))
     return dropped, match, metric.new_empty((batch, tokens - num_prefix - r), dtype=torch.int64)
 
@@ -106,7 +108,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
 
 
 def _macs(given: Mapping[str, Any]) -> int:
-    batch, tokens, channels = given["metric"]
+    batch, *_, tokens, channels = given["metric"]
     patches = tokens - given["num_prefix"]
     return batch * channels * (patches // 2) * (patches - patches // 2)
 
@@ -138,7 +140,9 @@ def bipartite_match(
     finds no partner comes after all others, and then gets the first of B. tf32 as in ``nearest_token``.
 
     Args:
-        metric: what is compared, e.g. keys, ``[B, N, D]``; float16, bfloat16, float32 or float64.
+        metric: what is compared, ``[B, N, D]``; float16, bfloat16, float32 or float64. Or vectors of every head, e.g.
+            keys, ``[B, H, N, D]``: then their sums over the heads, formed and compared in float32 (float64 when
+            ``metric`` is). No similarity orders means differently. Views of a packed qkv tensor are not copied.
         scores: importance ``[B, N]``, any floating dtype; the entries of the prefix tokens are ignored. Higher is more
             important, then the lower position; NaN is least important. None for ``alternate``.
         r: pairs to return, at most the size of A; 0 when there is no token in B.

@@ -21,7 +21,7 @@ struct alignas(2 * sizeof(acc_t)) NearestTerms {
 // Patch tokens in the order of their ranks, equal ranks by position. A place is a position in that order.
 template <typename value_t, typename acc_t>
 struct NearestWorkspace {
-  value_t* rows;               // [batch, patches, channels]: the tokens
+  value_t* rows;               // [batch, patches, channels]: the tokens, summed over their heads
   NearestTerms<acc_t>* terms;  // [batch, patches]: NaN when the norm is not finite
   int32_t* tokens;             // [batch, patches]: their positions
   int32_t* columns;            // [batch, patches]: how many places have a lower rank
@@ -33,10 +33,10 @@ constexpr int kSortThreads = 256;
 constexpr int kSortWarps = kSortThreads / kWarpSize;
 constexpr int32_t kNobody = std::numeric_limits<int32_t>::max();
 
-// A warp a token: finds its place, copies it there and measures it. A prefix token gets its results.
-template <typename value_t, typename acc_t>
+// A warp a token: finds its place, puts the sum over its heads there and measures it. A prefix token gets its results.
+template <typename given_t, typename value_t, typename acc_t>
 __global__ void __launch_bounds__(kSortThreads) sort_kernel(NearestTokenParams params,
-                                                            const value_t* metric,  // [batch, tokens, channels]
+                                                            const given_t* metric,  // [batch, heads, tokens, channels]
                                                             const int64_t* rank,    // [batch, tokens]
                                                             NearestWorkspace<value_t, acc_t> sorted,
                                                             acc_t* similarity,  // [batch, tokens]
@@ -67,12 +67,13 @@ __global__ void __launch_bounds__(kSortThreads) sort_kernel(NearestTokenParams p
     sorted.tokens[place] = static_cast<int32_t>(token);
     sorted.columns[place] = lower;
   }
-  metric += row * params.channels;
-  value_t* copy = sorted.rows + place * params.channels;
+  metric += image * params.batch_stride + token * params.token_stride;
+  value_t* sum = sorted.rows + place * params.channels;
   acc_t squares = 0;
   for (int64_t c = lane; c < params.channels; c += kWarpSize) {
-    const acc_t value = to_acc<acc_t>(metric[c]);
-    copy[c] = metric[c];
+    acc_t value = to_acc<acc_t>(metric[c]);
+    for (int64_t h = 1; h < params.heads; ++h) value += to_acc<acc_t>(metric[h * params.head_stride + c]);
+    sum[c] = from_acc<value_t>(value);
     squares += value * value;
   }
   squares = warp_sum(squares);
@@ -165,15 +166,16 @@ cudaError_t launch_match(const NearestTokenParams& params, const NearestWorkspac
 
 }  // namespace nearest
 
-template <bool kTf32, typename value_t, typename acc_t>
-cudaError_t launch_nearest(const NearestTokenParams& params, const value_t* metric, const int64_t* rank,
+// value_t is the type that tokens are compared in: with several heads that of sums, else the given one.
+template <bool kTf32, typename given_t, typename value_t, typename acc_t>
+cudaError_t launch_nearest(const NearestTokenParams& params, const given_t* metric, const int64_t* rank,
                            const NearestWorkspace<value_t, acc_t>& sorted, acc_t* similarity, int64_t* index,
                            cudaStream_t stream) {
   if (params.batch == 0) return cudaSuccess;
   const int64_t rows = params.batch * params.tokens;
-  const cudaError_t error =
-      launch(nearest::sort_kernel<value_t, acc_t>, static_cast<unsigned>(ceil_div<int64_t>(rows, nearest::kSortWarps)),
-             nearest::kSortThreads, 0, stream, params, metric, rank, sorted, similarity, index);
+  const cudaError_t error = launch(nearest::sort_kernel<given_t, value_t, acc_t>,
+                                   static_cast<unsigned>(ceil_div<int64_t>(rows, nearest::kSortWarps)),
+                                   nearest::kSortThreads, 0, stream, params, metric, rank, sorted, similarity, index);
   if (error != cudaSuccess || params.patches() == 0) return error;
   return nearest::launch_match<kTf32>(params, sorted, similarity, index, stream);
 }
