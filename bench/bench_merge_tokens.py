@@ -18,8 +18,8 @@ from tokenprune_ext.ops.merge_tokens import reference
 PREFIX = 1
 
 
-def index_add(x: Tensor, size: Tensor, kept: Tensor, dropped: Tensor, match: Tensor) -> tuple[Tensor, Tensor]:
-    """As one would write it in a model: multiply by the sizes, one index_add over batch and tokens, divide."""
+def index_add(x: Tensor, size: Tensor, kept: Tensor, dropped: Tensor, match: Tensor) -> tuple[Tensor, ...]:
+    """As one would write it in a model: multiply by the sizes, one index_add over batch and tokens, divide, log."""
     batch, tokens, channels = x.shape
     rows = PREFIX + kept.shape[1]
     image = torch.arange(batch, device=x.device).unsqueeze(1)
@@ -33,7 +33,8 @@ def index_add(x: Tensor, size: Tensor, kept: Tensor, dropped: Tensor, match: Ten
     sums = weighted[stay].index_add_(0, goal, weighted[source])
     sizes = size.flatten()[stay].index_add_(0, goal, size.flatten()[source])
     mean = (sums / sizes.unsqueeze(-1)).to(x.dtype)
-    return mean.view(batch, rows, channels), sizes.view(batch, rows)
+    log_sizes = sizes.log().to(x.dtype).view(batch, 1, 1, rows)
+    return mean.view(batch, rows, channels), sizes.view(batch, rows), log_sizes
 
 
 def cases(device: str) -> Iterator[Case]:

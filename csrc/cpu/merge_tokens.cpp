@@ -1,6 +1,7 @@
 #include "../ops/merge_tokens.h"
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -45,14 +46,19 @@ struct Lists {
   }
 };
 
+// Where the data of one image are.
 template <typename scalar_t>
 struct Image {
   using acc_t = accumulate_t<scalar_t>;
 
   const scalar_t* x;       // [tokens, channels]
   const acc_t* size;       // [tokens], or null: ones
+  const int64_t* kept;     // [keep]
   const int64_t* dropped;  // [dropped]
   Lists lists;
+  scalar_t* merged;     // [tokens_out, channels]
+  acc_t* sizes;         // [tokens_out]
+  scalar_t* log_sizes;  // [tokens_out]
 
   acc_t size_of(int64_t token) const { return size ? size[token] : acc_t(1); }
 };
@@ -88,8 +94,26 @@ accumulate_t<scalar_t> merge(const Image<scalar_t>& image, int64_t token, int64_
   return total;
 }
 
-std::tuple<Tensor, Tensor> merge_tokens_cpu(Tensor x, std::optional<Tensor> size, Tensor kept, Tensor dropped,
-                                            Tensor match, int64_t num_prefix) {
+// The rows first .. last - 1 of one image's result.
+template <typename scalar_t>
+void fill_rows(const MergeTokensParams& params, const Image<scalar_t>& image, int64_t first, int64_t last) {
+  for (int64_t place = first; place < last; ++place) {
+    const bool prefix = place < params.num_prefix;
+    const int64_t token = prefix ? place : image.kept[place - params.num_prefix];
+    scalar_t* out = image.merged + place * params.channels;
+    accumulate_t<scalar_t>& total = image.sizes[place];
+    if (prefix || image.lists.first[token] < 0) {
+      std::copy_n(image.x + token * params.channels, params.channels, out);
+      total = image.size_of(token);
+    } else {
+      total = merge(image, token, params.channels, out);
+    }
+    image.log_sizes[place] = static_cast<scalar_t>(std::log(total));
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> merge_tokens_cpu(Tensor x, std::optional<Tensor> size, Tensor kept, Tensor dropped,
+                                                    Tensor match, int64_t num_prefix) {
   const MergeTokensParams params = check_merge_tokens(x, size, kept, dropped, match, num_prefix);
   x = as_contiguous(x);
   if (size.has_value()) size = as_contiguous(*size);
@@ -115,35 +139,35 @@ std::tuple<Tensor, Tensor> merge_tokens_cpu(Tensor x, std::optional<Tensor> size
                               });
   Tensor tokens = allocate(x, {params.batch, params.tokens_out(), params.channels}, x.scalar_type());
   Tensor sizes = allocate(x, {params.batch, params.tokens_out()}, accumulate_dtype(x));
+  Tensor log_sizes = allocate(x, {params.batch, 1, 1, params.tokens_out()}, x.scalar_type());
   TOKENPRUNE_DISPATCH(x.scalar_type(), "merge_tokens", [&] {
     using acc_t = accumulate_t<scalar_t>;
     const int64_t rows = params.tokens_out();
+    // Looked up once: what they are read from is in the cache of this thread.
     const scalar_t* values = data_ptr<const scalar_t>(x);
     const acc_t* given_sizes = size.has_value() ? data_ptr<const acc_t>(*size) : nullptr;
-    scalar_t* results = data_ptr<scalar_t>(tokens);
-    acc_t* result_sizes = data_ptr<acc_t>(sizes);
+    scalar_t* merged = data_ptr<scalar_t>(tokens);
+    acc_t* totals = data_ptr<acc_t>(sizes);
+    scalar_t* logs = data_ptr<scalar_t>(log_sizes);
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, params.channels));
     torch::stable::parallel_for(0, params.batch * rows, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t b = row / rows;
-        const int64_t place = row % rows;
+      while (begin < end) {
+        const int64_t b = begin / rows, before = b * rows;
         const Image<scalar_t> image{values + b * params.tokens * params.channels,
-                                    given_sizes ? given_sizes + b * params.tokens : nullptr, drops + b * params.dropped,
-                                    lists_of(b)};
-        const bool prefix = place < params.num_prefix;
-        const int64_t token = prefix ? place : keeps[b * params.keep + place - params.num_prefix];
-        scalar_t* out = results + row * params.channels;
-        acc_t& total = result_sizes[row];
-        if (prefix || image.lists.first[token] < 0) {
-          std::copy_n(image.x + token * params.channels, params.channels, out);
-          total = image.size_of(token);
-        } else {
-          total = merge(image, token, params.channels, out);
-        }
+                                    given_sizes ? given_sizes + b * params.tokens : nullptr,
+                                    keeps + b * params.keep,
+                                    drops + b * params.dropped,
+                                    lists_of(b),
+                                    merged + before * params.channels,
+                                    totals + before,
+                                    logs + before};
+        const int64_t last = std::min(end, before + rows);
+        fill_rows(params, image, begin - before, last - before);
+        begin = last;
       }
     });
   });
-  return {tokens, sizes};
+  return {tokens, sizes, log_sizes};
 }
 
 }  // namespace

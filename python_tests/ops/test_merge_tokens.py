@@ -80,13 +80,15 @@ def test_definition(backend: Backend, dtype: torch.dtype) -> None:
     kept, dropped, match = (
         torch.tensor([index], device=backend.device) for index in ([1, 2, 5], [7, 3, 6, 4], [2, 5, 2, 3])
     )
-    tokens, sizes = backend.run("merge_tokens", x, size, kept, dropped, match, 1)
+    tokens, sizes, log_sizes = backend.run("merge_tokens", x, size, kept, dropped, match, 1)
     mean = [(1 * 4 + 4 * 14 + 2 * 12) / 7, (1 * 5 + 4 * 15 + 2 * 13) / 7]  # of 2, 7 and 6
     merged = [[0, 1], [2, 3], mean, [(1 * 10 + 3 * 6) / 4, (1 * 11 + 3 * 7) / 4]]
     torch.testing.assert_close(tokens.cpu(), torch.tensor([merged], dtype=torch.float64).to(dtype), rtol=1e-15, atol=0)
     assert sizes.tolist() == [[1, 2, 7, 4]]
     assert sizes.dtype == wide
-    tokens, sizes = backend.run("merge_tokens", x, None, kept, dropped, match, 1)
+    logs = torch.tensor([[[[math.log(size) for size in (1, 2, 7, 4)]]]], dtype=torch.float64)
+    torch.testing.assert_close(log_sizes.cpu(), logs.to(dtype), rtol=1e-15, atol=0)
+    tokens, sizes, _ = backend.run("merge_tokens", x, None, kept, dropped, match, 1)
     assert tokens[0, 2:].tolist() == [[10, 11], [8, 9]]
     assert sizes.tolist() == [[1, 1, 3, 2]]
 
@@ -96,7 +98,7 @@ def test_what_takes_nothing_in_is_copied_bit_for_bit(backend: Backend) -> None:
     x = torch.tensor([math.nan, -0.0, math.inf, 1e-45, 3.0, 3.4e38], device=backend.device).reshape(1, 6, 1)
     size = torch.tensor([[0.0, 3.0, 0.1, math.inf, 7.0, 49.0]], device=backend.device)
     kept, dropped, match = (torch.tensor([i], device=backend.device) for i in ([1, 2, 3, 5], [4], [0]))
-    tokens, sizes = backend.run("merge_tokens", x, size, kept, dropped, match, 1)
+    tokens, sizes, _ = backend.run("merge_tokens", x, size, kept, dropped, match, 1)
     assert torch.equal(tokens.view(torch.int32), x[:, [0, 1, 2, 3, 5]].view(torch.int32))
     assert torch.equal(sizes, size[:, [0, 1, 2, 3, 5]])
 
@@ -104,7 +106,7 @@ def test_what_takes_nothing_in_is_copied_bit_for_bit(backend: Backend) -> None:
 @each_backend
 def test_a_prefix_alone(backend: Backend) -> None:
     x, size, kept, dropped, match = (t.to(backend.device) for t in merging(2, 9, 3, 2, 0))
-    tokens, sizes = backend.run("merge_tokens", x, size, kept, dropped, match, 2)
+    tokens, sizes, _ = backend.run("merge_tokens", x, size, kept, dropped, match, 2)
     assert torch.equal(tokens, x[:, :2])
     assert torch.equal(sizes, size[:, :2])
 
@@ -152,9 +154,23 @@ def test_wrong_positions_are_not_followed_by_the_cuda_kernel(backend: Backend) -
     kept = torch.tensor([[1, far], [-1, 2]], device=backend.device)
     dropped = torch.tensor([[far, 2, -1, 2], [3, -far, 0, 1]], device=backend.device)
     match = torch.tensor([[1, 1, 1, far], [2, 2, 2, -1]], device=backend.device)
-    tokens, sizes = backend.run("merge_tokens", x, None, kept, dropped, match, 0)
+    tokens, sizes, _ = backend.run("merge_tokens", x, None, kept, dropped, match, 0)
     assert tokens.tolist() == [[[3, 4], [0, 0]], [[0, 0], [8, 9]]]
     assert sizes.tolist() == [[2, 0], [0, 2]]
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_logarithm_is_rounded_once(backend: Backend, dtype: torch.dtype) -> None:
+    """Of sizes that ``dtype`` does not hold, and of those that have none."""
+    size = torch.cat([torch.arange(1.0, 3000.0, 0.37), torch.tensor([0.0, -0.0, -1.0, math.inf, math.nan, 1e-42])])
+    kept = torch.arange(1, size.numel()).unsqueeze(0)
+    none = kept[:, :0]
+    args = (torch.zeros(1, size.numel(), 0, dtype=dtype), size.unsqueeze(0), kept, none, none)
+    _, _, log_sizes = backend.run("merge_tokens", *(arg.to(backend.device) for arg in args), 1)
+    places = 2 if dtype == torch.float32 else 0.501  # half a last place: rounded once, from float32
+    close = dict(rtol=places * torch.finfo(dtype).eps, atol=0, equal_nan=True)
+    torch.testing.assert_close(log_sizes[0, 0, 0].cpu().double(), size.double().log(), **close)
 
 
 @settings(max_examples=60, deadline=None)
@@ -170,7 +186,7 @@ def test_the_weighted_sum_and_the_sizes_are_kept(data: st.DataObject) -> None:
     size = torch.tensor([data.draw(st.lists(number, min_size=tokens, max_size=tokens))], dtype=torch.float64)
     x = torch.randn(1, tokens, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(tokens))
     index = [torch.tensor([i], dtype=torch.int64) for i in (kept, dropped, match)]
-    merged, sizes = ops.merge_tokens(x, size, *index, prefix)
+    merged, sizes, _ = ops.merge_tokens(x, size, *index, prefix)
     torch.testing.assert_close(sizes.sum(), size.sum())
     torch.testing.assert_close((sizes.unsqueeze(-1) * merged).sum(1), (size.unsqueeze(-1) * x).sum(1))
     assert torch.equal(merged[:, :prefix], x[:, :prefix])
@@ -187,7 +203,7 @@ def test_merging_twice_is_merging_once(device: str) -> None:
 
     once = ops.merge_tokens(x, None, index(0), index(1, 2, 3), index(0, 0, 0))
     first = ops.merge_tokens(x, None, index(0, 3), index(1, 2), index(0, 3))
-    for twice, expected in zip(ops.merge_tokens(*first, index(0), index(1), index(0)), once, strict=True):
+    for twice, expected in zip(ops.merge_tokens(*first[:2], index(0), index(1), index(0)), once, strict=True):
         torch.testing.assert_close(twice, expected)
 
 
@@ -204,10 +220,8 @@ def test_same_bits_however_threads_share_images() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_sizes_may_have_any_floating_dtype(device: str, dtype: torch.dtype, size_dtype: torch.dtype) -> None:
     x, size, *index = (t.to(device) for t in merging(2, 30, 5, 1, 9))
-    tokens, sizes = ops.merge_tokens(x.to(dtype), size.to(size_dtype), *index, 1)
-    expected, totals = ops.merge_tokens(x.to(dtype), size, *index, 1)
-    assert torch.equal(tokens, expected)
-    assert torch.equal(sizes, totals)
+    results = ops.merge_tokens(x.to(dtype), size.to(size_dtype), *index, 1)
+    assert all(map(torch.equal, results, ops.merge_tokens(x.to(dtype), size, *index, 1)))
 
 
 @pytest.mark.parametrize("has_size", [True, False])
@@ -217,8 +231,9 @@ def test_gradients(device: str, has_size: bool) -> None:
     inputs = (x.requires_grad_(), (size / 4).requires_grad_()) if has_size else (x.requires_grad_(),)
 
     def run(x: Tensor, size: Tensor | None = None) -> tuple[Tensor, ...]:
-        tokens, sizes = ops.merge_tokens(x, size, kept, dropped, match, 1)
-        return (tokens, sizes) if has_size else (tokens,)
+        results = ops.merge_tokens(x, size, kept, dropped, match, 1)
+        assert all(result.requires_grad == has_size for result in results[1:])
+        return results if has_size else results[:1]
 
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
@@ -230,10 +245,27 @@ def test_gradient_of_a_copy_needs_no_size(device: str) -> None:
     size = torch.zeros_like(size).requires_grad_()
     x[0, 3, 1] = math.inf
     x.requires_grad_()
-    tokens, sizes = ops.merge_tokens(x, size, kept, none, none, 1)
+    tokens, sizes, _ = ops.merge_tokens(x, size, kept, none, none, 1)
     (tokens.sum() + 2 * sizes.sum()).backward()
     assert torch.equal(x.grad, torch.ones_like(x))
     assert torch.equal(size.grad, torch.full_like(size, 2))
+
+
+def test_gradient_of_the_logarithm_is_one_over_the_size(device: str) -> None:
+    """Also where 16 bits hold neither; a size of 0 whose logarithm counts nowhere does no harm."""
+    x, size, kept, dropped, match = (t.to(device) for t in merging(2, 9, 3, 1, 3))
+    size[:, 0] = 0  # the prefix token, which stays alone
+    size = size.float().requires_grad_()
+    match[:, 0] = 0  # lost
+    _, sizes, log_sizes = ops.merge_tokens(x.bfloat16(), size, kept, dropped, match, 1)
+    (2 * log_sizes[..., 1:]).sum().backward()
+    slope = 2 / sizes.detach()
+    expected = torch.zeros_like(size).scatter(1, kept, slope[:, 1:])
+    for image, (lost, *others) in enumerate(dropped.tolist()):
+        assert expected[image, lost] == 0
+        for token, goal in zip(others, match[image, 1:].tolist(), strict=True):
+            expected[image, token] = expected[image, goal]
+    torch.testing.assert_close(size.grad, expected)
 
 
 GOOD = dict(

@@ -134,7 +134,7 @@ def bipartite_match(
 
 def merge_tokens(
     x: Tensor, size: Tensor | None, kept: Tensor, dropped: Tensor, match: Tensor, num_prefix: int = 0
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     stay = _with_prefix(kept, num_prefix)
     own, given = (_take(x, index).to(accumulate_dtype(x.dtype)) for index in (stay, dropped))
     weight = (stay.unsqueeze(2) == match.unsqueeze(1)).to(own.dtype)  # [B, P, R]: what goes where
@@ -146,4 +146,4 @@ def merge_tokens(
         sizes = own_size + weight.sum(2)
         own_share = own_size / sizes
     merged = own * own_share.unsqueeze(2) + (weight / sizes.unsqueeze(2)) @ given
-    return merged.to(x.dtype), sizes
+    return merged.to(x.dtype), sizes, sizes.log().to(x.dtype).unsqueeze(1).unsqueeze(1)

@@ -120,12 +120,12 @@ def merge_into(
     scores: Callable[[], Tensor] | None = None,
 ) -> Reduced:
     """Merge the tokens at ``dropped`` ``[B, R]`` into those at ``match`` ``[B, R]``; their own position is nowhere."""
-    x, size = ops.merge_tokens(ctx.x, ctx.size, kept, dropped, match, ctx.num_prefix)
+    x, size, log_size = ops.merge_tokens(ctx.x, ctx.size, kept, dropped, match, ctx.num_prefix)
 
     def into() -> Tensor:
         return positions(ctx).scatter(1, dropped, match)
 
-    return Reduced(x, kept, size=size, into=into, bias=proportional, scores=scores)
+    return Reduced(x, kept, size=size, into=into, bias=proportional, scores=scores, log_size=log_size)
 
 
 def positions(ctx: AttentionContext) -> Tensor:

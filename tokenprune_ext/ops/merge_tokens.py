@@ -93,7 +93,7 @@ def _alone(place: Tensor, rows: int) -> Tensor:
 
 def reference(
     x: Tensor, size: Tensor | None, kept: Tensor, dropped: Tensor, match: Tensor, num_prefix: int = 0
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The operator in plain torch. (On a GPU, torch adds in no fixed order unless told to be deterministic.)"""
     _check(x, size, kept, dropped, match, num_prefix)
     tokens, channels = x.shape[1:]
@@ -110,29 +110,32 @@ def reference(
     sums = sums.scatter_add(1, _rows(place, channels), given.to(dtype) * given_size.unsqueeze(-1))[:, :-1]
     sizes = pad(own_size, (0, 1)).scatter_add(1, place, given_size)[:, :-1].contiguous()
     alone = _alone(place, survivors.shape[1]).unsqueeze(-1)
-    return torch.where(alone, own, (sums / sizes.unsqueeze(-1)).to(x.dtype)), sizes
+    merged = torch.where(alone, own, (sums / sizes.unsqueeze(-1)).to(x.dtype))
+    return merged, sizes, sizes.log().to(x.dtype).unsqueeze(1).unsqueeze(1)
 
 
 def _fake(
     x: Tensor, size: Tensor | None, kept: Tensor, dropped: Tensor, match: Tensor, num_prefix: int = 0
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, size, kept, dropped, match, num_prefix)
     rows = num_prefix + kept.shape[1]
     sizes = x.new_empty((x.shape[0], rows), dtype=accumulate_dtype(x.dtype))
-    return x.new_empty((x.shape[0], rows, x.shape[2])), sizes
+    return x.new_empty((x.shape[0], rows, x.shape[2])), sizes, x.new_empty((x.shape[0], 1, 1, rows))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, size, kept, dropped, match, ctx.num_prefix = inputs
-    merged, sizes = output
+    merged, sizes, log_sizes = output
     ctx.shape = x.shape
     if size is None:
-        ctx.mark_non_differentiable(sizes)
+        ctx.mark_non_differentiable(sizes, log_sizes)
     has_size = size is not None
     ctx.save_for_backward(kept, dropped, match, sizes, size, x if has_size else None, merged if has_size else None)
 
 
-def _backward(ctx: Any, grad: Tensor, grad_sizes: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+def _backward(
+    ctx: Any, grad: Tensor, grad_sizes: Tensor, grad_logs: Tensor
+) -> tuple[Tensor, Tensor | None, None, None, None, None]:
     """With y = sum s_i x_i / S and S = sum s_i: dy / dx_i = s_i / S and dy / ds_i = (x_i - y) / S."""
     kept, dropped, match, sizes, size, x, merged = ctx.saved_tensors
     batch, tokens, channels = ctx.shape
@@ -154,6 +157,9 @@ def _backward(ctx: Any, grad: Tensor, grad_sizes: Tensor) -> tuple[Tensor, Tenso
     if size is None:
         return grad_x, None, None, None, None, None
 
+    grad_logs = grad_logs.view_as(sizes).to(sizes.dtype)
+    # Where a size is 0 and its logarithm counts nowhere, as that of padding: 0 instead of 0 / 0.
+    grad_sizes = grad_sizes + grad_logs / torch.where((sizes == 0) & (grad_logs == 0), 1.0, sizes)
     values, mean = pad(x.to(sizes.dtype), (0, 0, 0, 1)), pad(merged.to(sizes.dtype), (0, 0, 0, 1))
     own_off = values.gather(1, _rows(to, channels)) - mean[:, :-1]
     own_slope = torch.where(alone, 0.0, (wide[:, :-1] * own_off).sum(-1) / sizes) + grad_sizes
@@ -167,7 +173,7 @@ def _backward(ctx: Any, grad: Tensor, grad_sizes: Tensor) -> tuple[Tensor, Tenso
 
 _op = define(
     "merge_tokens(Tensor x, Tensor? size, Tensor kept, Tensor dropped, Tensor match, int num_prefix=0)"
-    " -> (Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=_fake,
     setup_context=_setup_context,
@@ -177,7 +183,7 @@ _op = define(
 
 def merge_tokens(
     x: Tensor, size: Tensor | None, kept: Tensor, dropped: Tensor, match: Tensor, num_prefix: int = 0
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Average every dropped token into the kept token it is matched with; any number may go into one.
 
     A kept token ``k`` becomes ``(size_k x_k + sum_j size_j x_j) / (size_k + sum_j size_j)`` over the dropped tokens
@@ -197,8 +203,10 @@ def merge_tokens(
             ``kept``.
 
     Returns:
-        ``(tokens, sizes)``: ``tokens`` ``[B, num_prefix + K, C]``, the prefix and the kept tokens in their order, and
-        ``sizes`` ``[B, num_prefix + K]``, what each of them stands for now, float32 (float64 when ``x`` is).
+        ``(tokens, sizes, log_sizes)``: ``tokens`` ``[B, num_prefix + K, C]``, the prefix and the kept tokens in their
+        order, ``sizes`` ``[B, num_prefix + K]``, what each of them stands for now, float32 (float64 when ``x`` is), and
+        ``log_sizes`` ``[B, 1, 1, num_prefix + K]``, their logarithm in the dtype of ``x``: added to the attention
+        logits, a key counts as often as the patches it stands for. A size of 0 gives -inf, a negative one NaN.
 
     Raises:
         TypeError: an argument is no tensor, or has an unsupported dtype.

@@ -154,10 +154,17 @@ def _reduce(plan: BlockPlan, state: TokenState, projected: Projected, keep: int)
     return TokenState(
         x=reduced.x,
         size=reduced.size,
-        bias=log_size(reduced.size, projected.q.dtype) if reduced.bias and reduced.size is not None else None,
+        bias=_log_size(reduced, projected.q.dtype) if reduced.bias else None,
         position=_positions(state.position, reduced, host, patches) if host.positional else None,
         source=source,
     )
+
+
+def _log_size(reduced: Reduced, dtype: torch.dtype) -> Tensor | None:
+    known = reduced.log_size
+    if known is None:
+        return None if reduced.size is None else log_size(reduced.size, dtype)
+    return known if known.dtype == dtype else known.to(dtype)
 
 
 def _positions(position: Tensor | None, reduced: Reduced, host: Host, patches: int) -> Tensor:

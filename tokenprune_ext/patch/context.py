@@ -175,6 +175,7 @@ class Reduced:
         bias: whether later blocks add log(size) to their attention logits.
         scores: what the tokens that came in were ranked by, ``[B, N]``, floating, NaN for those that were not. Called
             only when somebody asks. None when the method does not rank.
+        log_size: log(size) as ``[B, 1, 1, num_prefix + keep]``, when it is known already; only read with ``bias``.
     """
 
     x: Tensor
@@ -184,3 +185,4 @@ class Reduced:
     into: Callable[[], Tensor] | None = None
     bias: bool = False
     scores: Callable[[], Tensor] | None = None
+    log_size: Tensor | None = None

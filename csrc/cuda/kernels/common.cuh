@@ -37,6 +37,9 @@ __device__ inline value_t from_acc(acc_t value) {
   return static_cast<value_t>(value);
 }
 
+__device__ inline float logarithm(float x) { return logf(x); }
+__device__ inline double logarithm(double x) { return log(x); }
+
 // Sum over the warp; every lane gets it.
 template <typename T>
 __device__ inline T warp_sum(T value) {

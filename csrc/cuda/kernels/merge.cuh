@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(kThreads) kernel(MergeTokensParams params, int
                                                    const int64_t* dropped,          // [batch, dropped]
                                                    const int64_t* match,            // [batch, dropped]
                                                    Pack<value_t, kCount>* out,      // [batch, tokens_out, packs]
-                                                   acc_t* sizes) {                  // [batch, tokens_out]
+                                                   acc_t* sizes,                    // [batch, tokens_out]
+                                                   value_t* logs) {                 // [batch, tokens_out]
   const int64_t task = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
   const int64_t row = task / tiles;
   if (row >= params.batch * params.tokens_out()) return;  // the whole warp, and nothing waits for it
@@ -84,12 +85,15 @@ __global__ void __launch_bounds__(kThreads) kernel(MergeTokensParams params, int
     }
     out[i] = own[p];
   }
-  if (tile == 0 && lane == 0) sizes[row] = total;
+  if (tile == 0 && lane == 0) {
+    sizes[row] = total;
+    logs[row] = from_acc<value_t>(logarithm(total));
+  }
 }
 
 template <int kCount, int kPacks, typename value_t, typename acc_t>
 cudaError_t launch_packs(const MergeTokensParams& params, const value_t* x, const acc_t* size, const int64_t* kept,
-                         const int64_t* dropped, const int64_t* match, value_t* out, acc_t* sizes,
+                         const int64_t* dropped, const int64_t* match, value_t* out, acc_t* sizes, value_t* logs,
                          cudaStream_t stream) {
   using pack_t = Pack<value_t, kCount>;
   const int64_t packs = params.channels / kCount;
@@ -98,7 +102,7 @@ cudaError_t launch_packs(const MergeTokensParams& params, const value_t* x, cons
   const int64_t tasks = params.batch * params.tokens_out() * tiles;
   return launch(kernel<value_t, acc_t, kCount, kPacks>, static_cast<unsigned>(ceil_div<int64_t>(tasks, kWarps)),
                 kThreads, 0, stream, params, packs, tiles, reinterpret_cast<const pack_t*>(x), size, kept, dropped,
-                match, reinterpret_cast<pack_t*>(out), sizes);
+                match, reinterpret_cast<pack_t*>(out), sizes, logs);
 }
 
 }  // namespace merge
@@ -107,13 +111,13 @@ cudaError_t launch_packs(const MergeTokensParams& params, const value_t* x, cons
 template <typename value_t, typename acc_t>
 cudaError_t launch_merge_tokens(const MergeTokensParams& params, const value_t* x, const acc_t* size,
                                 const int64_t* kept, const int64_t* dropped, const int64_t* match, value_t* out,
-                                acc_t* sizes, cudaStream_t stream) {
+                                acc_t* sizes, value_t* logs, cudaStream_t stream) {
   if (params.batch == 0) return cudaSuccess;
   constexpr int kWide = 16 / static_cast<int>(sizeof(value_t));
   const bool aligned = params.channels % kWide == 0 && reinterpret_cast<uint64_t>(x) % 16 == 0 &&
                        reinterpret_cast<uint64_t>(out) % 16 == 0;
-  return aligned ? merge::launch_packs<kWide, 1>(params, x, size, kept, dropped, match, out, sizes, stream)
-                 : merge::launch_packs<1, 4>(params, x, size, kept, dropped, match, out, sizes, stream);
+  return aligned ? merge::launch_packs<kWide, 1>(params, x, size, kept, dropped, match, out, sizes, logs, stream)
+                 : merge::launch_packs<1, 4>(params, x, size, kept, dropped, match, out, sizes, logs, stream);
 }
 
 }  // namespace tokenprune

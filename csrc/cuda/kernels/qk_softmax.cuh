@@ -34,8 +34,6 @@ Operands<value_t> operands(const QkParams& p, const value_t* q, const value_t* k
 
 __device__ inline float exponential(float x) { return fast_exp2(x * 1.44269504f); }
 __device__ inline double exponential(double x) { return exp(x); }
-__device__ inline float logarithm(float x) { return logf(x); }
-__device__ inline double logarithm(double x) { return log(x); }
 
 // lse[matrix, q] = log(sum over k of exp(scale * q . k)) for the rows row_begin .. row_end - 1: a block forms 64 of
 // them.
