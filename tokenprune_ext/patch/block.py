@@ -154,10 +154,16 @@ def _reduce(plan: BlockPlan, state: TokenState, projected: Projected, keep: int)
     return TokenState(
         x=reduced.x,
         size=reduced.size,
-        bias=log_size(reduced.size, projected.q.dtype) if reduced.bias and reduced.size is not None else None,
+        bias=_size_bias(reduced, projected.q.dtype) if reduced.bias else None,
         position=_positions(state.position, reduced, host, patches) if host.positional else None,
         source=source,
     )
+
+
+def _size_bias(reduced: Reduced, dtype: torch.dtype) -> Tensor | None:
+    if reduced.log_size is not None and reduced.log_size.dtype == dtype:
+        return reduced.log_size
+    return None if reduced.size is None else log_size(reduced.size, dtype)
 
 
 def _positions(position: Tensor | None, reduced: Reduced, host: Host, patches: int) -> Tensor:
