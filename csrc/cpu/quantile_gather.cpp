@@ -19,7 +19,7 @@ template <typename value_t>
 double form_sums(const value_t* scores, int64_t n, double* sums) {
   double before = 0;
   for (int64_t begin = 0; begin < n; begin += quantile::kRun) {
-    const int64_t end = std::min(n, begin + quantile::kRun);
+    const int64_t end = std::min<int64_t>(n, begin + quantile::kRun);
     double within = 0;
     for (int64_t i = begin; i < end; ++i) {
       within += quantile::weight(static_cast<double>(scores[i]));

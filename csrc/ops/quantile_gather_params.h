@@ -8,7 +8,7 @@ namespace tokenprune {
 // in runs of kRun tokens, then over the runs. Every backend gets the same bits, and adding 0 changes no sum.
 namespace quantile {
 
-constexpr int64_t kRun = 16;
+constexpr int kRun = 16;
 
 // What a score adds to the sums; NaN is not above 0.
 constexpr double weight(double score) { return score > 0 ? score : 0.0; }

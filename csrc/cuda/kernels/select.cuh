@@ -84,24 +84,22 @@ __device__ auto find_threshold(const score_t* scores, int64_t n, int64_t keep, i
   return Threshold<key_t>{prefix, wanted};
 }
 
-enum class Standing { kOut, kTie, kIn };
-
 // One ordered sweep over n tokens: visit(i, place, stays) for each, where `place` counts the kept or the dropped ones
-// before it. Those whose standing(i) is kIn stay, and the first `wanted_ties` of kTie. All threads of the block take
-// part; barriers inside. The same thread asks for the standing of a token and visits it.
-template <typename Judge, typename Visit>
-__device__ void sweep(int64_t n, int64_t wanted_ties, const Judge& standing, const Visit& visit) {
+// before it. Tokens whose key_of(i) is above that of the threshold stay, and the first of equal ones. All threads of
+// the block take part; barriers inside.
+template <typename key_t, typename Key, typename Visit>
+__device__ void sweep(int64_t n, const Threshold<key_t>& threshold, const Key& key_of, const Visit& visit) {
   TOKENPRUNE_SHARED(int, warp_counts, kWarps);
   int64_t kept_so_far = 0;
   int64_t ties_so_far = 0;
   for (int64_t base = 0; base < n; base += kThreads) {
     const int64_t i = base + threadIdx.x;
     const bool valid = i < n;
-    const Standing mine = valid ? standing(i) : Standing::kOut;
-    const bool tie = mine == Standing::kTie;
+    const key_t key = valid ? key_of(i) : 0;
+    const bool tie = valid && key == threshold.key;
     int ties = 0;
     const int ties_before = count_before(tie, warp_counts, &ties);
-    const bool stays = mine == Standing::kIn || (tie && ties_so_far + ties_before < wanted_ties);
+    const bool stays = valid && (key > threshold.key || (tie && ties_so_far + ties_before < threshold.ties));
     int stay = 0;
     const int64_t before = kept_so_far + count_before(stays, warp_counts, &stay);
     if (valid) visit(i, stays ? before : i - before, stays);
@@ -115,11 +113,7 @@ template <typename score_t, typename Visit>
 __device__ void split(const score_t* scores, int64_t n, int64_t keep, const Visit& visit) {
   TOKENPRUNE_SHARED(int, buckets, kBuckets);
   const auto threshold = find_threshold(scores, n, keep, buckets);
-  const auto standing = [&](int64_t i) {
-    const auto key = order_key(scores[i]);
-    return key > threshold.key ? Standing::kIn : key == threshold.key ? Standing::kTie : Standing::kOut;
-  };
-  sweep(n, threshold.ties, standing, visit);
+  sweep(n, threshold, [&](int64_t i) { return order_key(scores[i]); }, visit);
 }
 
 template <typename score_t>
