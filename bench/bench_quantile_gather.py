@@ -24,7 +24,7 @@ def eager(x: Tensor, scores: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor,
     quantile = torch.arange(keep, device=x.device) + 0.5
     index = torch.searchsorted(keep * sums, quantile * sums[:, -1:])
     sampled = torch.zeros_like(scores[:, PREFIX:]).scatter(1, index, 1.0)
-    kept = sampled.sort(1, descending=True, stable=True).indices[:, :keep].sort(1).values
+    kept = sampled.sort(dim=1, descending=True, stable=True).indices[:, :keep].sort(1).values
     size = torch.nn.functional.pad(sampled.gather(1, kept), (PREFIX, 0), value=1.0)
     kept = kept + PREFIX
     tokens = torch.cat([x[:, :PREFIX], x.gather(1, kept.unsqueeze(-1).expand(-1, -1, x.shape[-1]))], 1)

@@ -169,20 +169,20 @@ class Reduced:
         kept: positions of the kept patch tokens among the tokens that came in, ascending; int64 ``[B, kept]``.
         fused: whether the last token stands for every token that was not kept.
         size: patches each token stands for, ``[B, num_prefix + keep]``; None when the method does not count them.
-        log_size: log(size), ``[B, 1, 1, num_prefix + keep]``, where the method has it already; None where not.
         into: int64 ``[B, N]``: for every token that came in, the position, among those that came in, of the kept token
             it was merged into, or -1. Called only when somebody asks which token stands for which patch. Kept tokens
             may say anything. None when nothing was merged.
         bias: whether later blocks add log(size) to their attention logits.
         scores: what the tokens that came in were ranked by, ``[B, N]``, floating, NaN for those that were not. Called
             only when somebody asks. None when the method does not rank.
+        log_size: log(size), ``[B, 1, 1, num_prefix + keep]``, where the method has it already; None where not.
     """
 
     x: Tensor
     kept: Tensor
     fused: bool = False
     size: Tensor | None = None
-    log_size: Tensor | None = None
     into: Callable[[], Tensor] | None = None
     bias: bool = False
     scores: Callable[[], Tensor] | None = None
+    log_size: Tensor | None = None
