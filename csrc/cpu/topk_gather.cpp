@@ -1,18 +1,16 @@
 #include "../ops/topk_gather.h"
 
 #include <algorithm>
-#include <cstring>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "gather.h"
 #include "select.h"
 #include "simd.h"
 
 namespace tokenprune {
 namespace {
-
-constexpr int64_t kGrain = 128 * 1024;  // bytes a thread should have to copy before another one is worth waking
 
 // The patch positions of all images: the kept ones first, then the dropped ones.
 std::vector<int32_t> select_all(const TopkGatherParams& params, const Tensor& scores) {
@@ -25,21 +23,6 @@ std::vector<int32_t> select_all(const TopkGatherParams& params, const Tensor& sc
     });
   });
   return order;
-}
-
-// Copies the prefix tokens and the kept ones of all images; a large image is shared by several threads.
-void gather_all(const TopkGatherParams& params, const char* x, const int32_t* order, int64_t row_bytes, char* out) {
-  const int64_t rows = params.num_prefix + params.keep;
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, row_bytes));
-  torch::stable::parallel_for(0, params.batch * rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row / rows, place = row % rows;
-      const int32_t* kept = order + b * (params.tokens - params.num_prefix);
-      const int64_t token = place < params.num_prefix ? place : kept[place - params.num_prefix];
-      std::memcpy(out + (b * params.tokens_out() + place) * row_bytes, x + (b * params.tokens + token) * row_bytes,
-                  row_bytes);
-    }
-  });
 }
 
 // The fused token of one image, summed in ascending order of position.
@@ -74,8 +57,8 @@ std::tuple<Tensor, Tensor> topk_gather_cpu(Tensor x, Tensor scores, int64_t keep
   Tensor index = allocate(x, {params.batch, params.keep}, ScalarType::Long);
   TOKENPRUNE_DISPATCH(x.scalar_type(), "topk_gather", [&] {
     using acc_t = accumulate_t<scalar_t>;
-    gather_all(params, static_cast<const char*>(x.data_ptr()), order.data(),
-               params.channels * static_cast<int64_t>(sizeof(scalar_t)), static_cast<char*>(tokens.data_ptr()));
+    gather_all(params, x.data_ptr(), order.data(), params.tokens - params.num_prefix,
+               params.channels * static_cast<int64_t>(sizeof(scalar_t)), tokens.data_ptr());
     torch::stable::parallel_for(0, params.batch, 1, [&](int64_t begin, int64_t end) {
       std::vector<acc_t> sum(params.has_fused() ? params.channels : 0);
       for (int64_t b = begin; b < end; ++b) {

@@ -34,6 +34,7 @@ def test_operators():
         lambda: OPS.bipartite_match(metric, None, 3, 2): 2 * 24 * 7 * 8,
         lambda: OPS.bipartite_match(q, None, 3, 2): 2 * 8 * 7 * 8,
         lambda: ops.topk_gather(metric, scores, 5): 0,
+        lambda: ops.quantile_gather(metric, scores, 5): 0,
     }
     for run, macs in expected.items():
         assert flops(run) == 2 * macs

@@ -21,7 +21,16 @@ from tokenprune_ext.ops._qk import probabilities
 from tokenprune_ext.ops.class_attention import reference as class_attention
 from tokenprune_ext.ops.head_reduced_sum import reference as head_reduced_sum
 
-from .onnx_tokens import ascending, bipartite_match, marked, merge_tokens, nearest_token, peaks_match, topk_gather
+from .onnx_tokens import (
+    ascending,
+    bipartite_match,
+    marked,
+    merge_tokens,
+    nearest_token,
+    peaks_match,
+    quantile_gather,
+    topk_gather,
+)
 
 Decompositions = dict[Any, Callable[..., Any]]
 
@@ -44,13 +53,13 @@ def decompositions(ordered: bool) -> Decompositions:
         own.merge_tokens.default: merge_tokens,
         own.nearest_token.default: nearest_token,
         own.peaks_match.default: partial(peaks_match, ordered),
+        own.quantile_gather.default: partial(quantile_gather, ordered),
         own.topk_gather.default: partial(topk_gather, ordered),
         own.wpr.default: _wpr,
         own.wpr_qk.default: _wpr_qk,
         aten.cumsum.default: _cumsum,
         aten.scaled_dot_product_attention.default: _attention,
         aten.scatter.value: _mark,
-        aten.searchsorted.Tensor: _searchsorted,
         aten.sort.default: partial(_sort, ordered),
         aten.sort.stable: partial(_stable_sort, ordered),
     }
@@ -81,20 +90,6 @@ def _cumsum(values: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Te
     if dtype is not None or values.is_floating_point():
         return NotImplemented
     return values.to(torch.float32).cumsum(dim).to(torch.int64)
-
-
-def _searchsorted(
-    sorted_sequence: Tensor,
-    values: Tensor,
-    *,
-    out_int32: bool = False,
-    right: bool = False,
-    side: str | None = None,
-    sorter: Tensor | None = None,
-) -> Tensor:
-    if out_int32 or right or side == "right" or sorter is not None:
-        return NotImplemented
-    return (sorted_sequence.unsqueeze(-2) < values.unsqueeze(-1)).to(torch.int64).sum(-1)
 
 
 def _attention(

@@ -50,6 +50,23 @@ def topk_gather(
     return torch.cat([tokens, extra.to(x.dtype)], 1), kept
 
 
+def quantile_gather(
+    ordered: bool, x: Tensor, scores: Tensor, keep: int, num_prefix: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = accumulate_dtype(x.dtype)
+    sums = scores[:, num_prefix:].to(wide).clamp_min(0).cumsum(1)
+    patches = sums.shape[1]
+    quantile = torch.arange(keep, device=x.device).to(wide) + 0.5
+    before = sums.unsqueeze(1) * keep < (sums[:, -1:] * quantile).unsqueeze(2)
+    sampled = marked(before.to(torch.int64).sum(2), patches, wide)
+    # The sampled tokens first, then the lowest positions.
+    place = torch.arange(patches, device=x.device).to(wide)
+    kept = ascending((sampled * patches - place).topk(keep, 1).indices, ordered)
+    sizes = pad(sampled.gather(1, kept), (num_prefix, 0), value=1.0)
+    kept = kept + num_prefix
+    return _take(x, _with_prefix(kept, num_prefix)), kept, sizes, sizes.log().to(x.dtype)[:, None, None]
+
+
 def _rows(metric: Tensor, similarity: str) -> Tensor:
     wide = metric.to(accumulate_dtype(metric.dtype))
     if similarity != "cosine":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor
 
 from tokenprune_ext import ops
@@ -48,19 +47,9 @@ class ATS(Method):
         return tuple(range(scaled_layers((3,), depth)[0], depth))
 
     def reduce(self, ctx: AttentionContext, keep: int) -> Reduced:
-        sampled = self.sampled(ctx, keep)
-        # The sampled tokens first; what is missing is filled up with others, which then are padding.
-        x, kept = ops.topk_gather(ctx.x, sampled, keep, ctx.num_prefix)
-        size = torch.constant_pad_nd(sampled.gather(1, kept), (ctx.num_prefix, 0), 1.0)
-        return Reduced(x, kept, size=size, bias=True, scores=lambda: self.scores(ctx))
-
-    def sampled(self, ctx: AttentionContext, quantiles: int) -> Tensor:
-        """1 for every sampled token, else 0; ``[B, N]``, float32 (float64 for float64)."""
-        sums = self.scores(ctx)[:, ctx.num_prefix :].cumsum(1)
-        places = torch.linspace(0.5 / quantiles, 1 - 0.5 / quantiles, quantiles, device=sums.device, dtype=sums.dtype)
-        index = torch.searchsorted(sums, sums[:, -1:] * places)
-        index = index.clamp(max=sums.shape[1] - 1) + ctx.num_prefix  # rounding may put the last place behind the sum
-        return sums.new_zeros(ctx.x.shape[:2]).scatter(1, index, 1.0)
+        scores = self.scores(ctx)
+        x, kept, size, log_size = ops.quantile_gather(ctx.x, scores, keep, ctx.num_prefix)
+        return Reduced(x, kept, size=size, log_size=log_size, bias=True, scores=lambda: scores)
 
     def scores(self, ctx: AttentionContext) -> Tensor:
         """Attention of the class token times length of the value vector, summed over the heads, ``[B, N]``."""

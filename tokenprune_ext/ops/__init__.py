@@ -12,6 +12,7 @@ from .head_reduced_sum import head_reduced_sum
 from .merge_tokens import merge_tokens
 from .nearest_token import nearest_token
 from .peaks_match import peaks_match
+from .quantile_gather import quantile_gather
 from .topk_gather import topk_gather
 from .wpr import wpr
 from .wpr_qk import wpr_qk
@@ -26,6 +27,7 @@ __all__ = [
     "merge_tokens",
     "nearest_token",
     "peaks_match",
+    "quantile_gather",
     "topk_gather",
     "wpr",
     "wpr_qk",

@@ -7,30 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune_ext.checks import check_choice, check_int
+from tokenprune_ext.checks import check_choice
 
-from ._check import accumulate_dtype, check_floating
+from ._check import accumulate_dtype
 from ._define import define
+from ._gather import check_selection, kept_rows, kept_rows_gradient
 from ._select import split
+from ._similarity import take_rows
 
 FUSE = ("none", "mean", "weighted")
 
 
 def _check(x: Tensor, scores: Tensor, keep: int, num_prefix: int, fuse: str) -> None:
-    check_floating("x", x, "[B, N, C]")
-    check_floating("scores", scores, "[B, N]")
-    if scores.shape != x.shape[:2]:
-        raise ValueError(f"scores must have shape {list(x.shape[:2])} to go with x {list(x.shape)}, "
-                         f"got {list(scores.shape)}")  # fmt: skip
-    if scores.device != x.device:
-        raise ValueError(f"scores must be on the device of x, {x.device}, got {scores.device}")
-    check_int("num_prefix", num_prefix, 0, x.shape[1], "the number of tokens")
-    check_int("keep", keep, 1, x.shape[1] - num_prefix, "the number of patch tokens")
+    check_selection(x, scores, keep, num_prefix)
     check_choice("fuse", fuse, FUSE)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def _weights(scores: Tensor, dropped: Tensor, fuse: str, dtype: torch.dtype) -> Tensor:
@@ -44,9 +34,9 @@ def reference(x: Tensor, scores: Tensor, keep: int, num_prefix: int = 0, fuse: s
     """The operator in plain torch."""
     _check(x, scores, keep, num_prefix, fuse)
     kept, dropped = split(scores, keep, num_prefix)
-    parts = [x[:, :num_prefix], _take(x, kept)]
+    parts = [kept_rows(x, kept, num_prefix)]
     if fuse != "none" and dropped.shape[1] > 0:
-        wide = _take(x, dropped).to(accumulate_dtype(x.dtype))
+        wide = take_rows(x, dropped).to(accumulate_dtype(x.dtype))
         weighted = wide if fuse == "mean" else wide * _weights(scores, dropped, fuse, wide.dtype).unsqueeze(-1)
         fused = weighted.mean(1, keepdim=True) if fuse == "mean" else weighted.sum(1, keepdim=True)
         parts.append(fused.to(x.dtype))
@@ -72,15 +62,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
     kept, scores, x = ctx.saved_tensors
-    batch, tokens, channels = ctx.shape
+    batch, tokens, _ = ctx.shape
     prefix, keep = ctx.num_prefix, kept.shape[1]
-    alive = torch.zeros((batch, tokens), dtype=torch.bool, device=grad.device).scatter(1, kept, True)
-    dropped = ~alive & (torch.arange(tokens, device=grad.device) >= prefix)
-    index = kept.unsqueeze(-1).expand(-1, -1, channels)
-    grad_x = grad.new_zeros(ctx.shape).scatter(1, index, grad[:, prefix : prefix + keep])
-    grad_x = torch.cat([grad[:, :prefix], grad_x[:, prefix:]], 1)
+    grad_x = kept_rows_gradient(grad[:, : prefix + keep], kept, prefix, tokens)
     grad_scores = None
     if grad.shape[1] > prefix + keep:
+        alive = torch.zeros((batch, tokens), dtype=torch.bool, device=grad.device).scatter(1, kept, True)
+        dropped = ~alive & (torch.arange(tokens, device=grad.device) >= prefix)
         grad_fused = grad[:, -1:]
         if ctx.fuse == "weighted":
             grad_x = grad_x + torch.where(dropped, scores, 0).unsqueeze(-1).to(grad.dtype) * grad_fused

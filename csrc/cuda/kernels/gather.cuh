@@ -90,6 +90,16 @@ __global__ void __launch_bounds__(kThreads) kernel(TopkGatherParams params,
   }
 }
 
+// Blocks that share an image.
+inline cudaError_t count_parts(const TopkGatherParams& params, int64_t* parts) {
+  int device = 0, multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const int64_t most = std::min<int64_t>(kMaxParts, ceil_div<int64_t>(params.num_prefix + params.keep, kWarps));
+  *parts = std::clamp<int64_t>(2 * multiprocessors / params.batch, 1, most);
+  return error;
+}
+
 }  // namespace gather
 
 // Copies in units of 16 bytes where rows and pointers allow it.
@@ -97,17 +107,10 @@ template <typename acc_t, typename value_t, typename score_t>
 cudaError_t launch_topk_gather(const TopkGatherParams& params, const value_t* x, const score_t* scores, value_t* out,
                                int64_t* index, cudaStream_t stream) {
   if (params.batch == 0) return cudaSuccess;
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  int64_t parts = 0;
+  const cudaError_t error = gather::count_parts(params, &parts);
   if (error != cudaSuccess) return error;
-  const int64_t rows = params.num_prefix + params.keep;
-  const int64_t parts =
-      std::clamp<int64_t>(2 * multiprocessors / params.batch, 1,
-                          std::min<int64_t>(gather::kMaxParts, ceil_div<int64_t>(rows, gather::kWarps)));
-  const bool aligned = params.channels * sizeof(value_t) % sizeof(uint4) == 0 &&
-                       reinterpret_cast<uint64_t>(x) % sizeof(uint4) == 0 &&
-                       reinterpret_cast<uint64_t>(out) % sizeof(uint4) == 0;
+  const bool aligned = can_copy_vectors(x, {params.channels}) && can_copy_vectors(out, {params.channels});
   auto* kernel =
       aligned ? gather::kernel<uint4, value_t, acc_t, score_t> : gather::kernel<value_t, value_t, acc_t, score_t>;
   const dim3 grid(static_cast<unsigned>(params.batch), static_cast<unsigned>(parts));

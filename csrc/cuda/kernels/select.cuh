@@ -84,19 +84,18 @@ __device__ auto find_threshold(const score_t* scores, int64_t n, int64_t keep, i
   return Threshold<key_t>{prefix, wanted};
 }
 
-// Splits the block's n scores: visit(i, place, stays) for each, where `place` counts the kept or the dropped ones
-// before it. All threads of the block take part; barriers inside.
-template <typename score_t, typename Visit>
-__device__ void split(const score_t* scores, int64_t n, int64_t keep, const Visit& visit) {
-  TOKENPRUNE_SHARED(int, buckets, kBuckets);
+// One ordered sweep over n tokens: visit(i, place, stays) for each, where `place` counts the kept or the dropped ones
+// before it. Tokens whose key_of(i) is above that of the threshold stay, and the first of equal ones. All threads of
+// the block take part; barriers inside.
+template <typename key_t, typename Key, typename Visit>
+__device__ void sweep(int64_t n, const Threshold<key_t>& threshold, const Key& key_of, const Visit& visit) {
   TOKENPRUNE_SHARED(int, warp_counts, kWarps);
-  const auto threshold = find_threshold(scores, n, keep, buckets);
   int64_t kept_so_far = 0;
   int64_t ties_so_far = 0;
   for (int64_t base = 0; base < n; base += kThreads) {
     const int64_t i = base + threadIdx.x;
     const bool valid = i < n;
-    const auto key = valid ? order_key(scores[i]) : 0;
+    const key_t key = valid ? key_of(i) : 0;
     const bool tie = valid && key == threshold.key;
     int ties = 0;
     const int ties_before = count_before(tie, warp_counts, &ties);
@@ -107,6 +106,14 @@ __device__ void split(const score_t* scores, int64_t n, int64_t keep, const Visi
     kept_so_far += stay;
     ties_so_far += ties;
   }
+}
+
+// The same for the block's n scores, of which the `keep` best stay.
+template <typename score_t, typename Visit>
+__device__ void split(const score_t* scores, int64_t n, int64_t keep, const Visit& visit) {
+  TOKENPRUNE_SHARED(int, buckets, kBuckets);
+  const auto threshold = find_threshold(scores, n, keep, buckets);
+  sweep(n, threshold, [&](int64_t i) { return order_key(scores[i]); }, visit);
 }
 
 template <typename score_t>
