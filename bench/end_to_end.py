@@ -57,7 +57,7 @@ def pruned_models(dense: nn.Module) -> dict[str, nn.Module]:
     return models
 
 
-def _compiled(models: dict[str, nn.Module], backend: str) -> dict[str, nn.Module]:
+def compiled(models: dict[str, nn.Module], backend: str) -> dict[str, nn.Module]:
     """Each as one graph. To torch they are variants of one forward: beyond a limit it would give up."""
     torch.compiler.reset()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(models))
@@ -105,7 +105,7 @@ def end_to_end(dense: nn.Module, setting: Setting, device: str, dtype: torch.dty
     models = {DENSE: dense, **pruned_models(dense)}
     macs = {name: describe(model) for name, model in models.items()}
     if setting.compiler != EAGER:
-        models = _compiled(models, setting.compiler)
+        models = compiled(models, setting.compiler)
     size = macs[DENSE].input_size
     images = torch.randn(setting.batch, 3, *size, device=device, dtype=dtype)
     latency = measure_latency(models, images, budget_s=budget_s)

@@ -75,6 +75,9 @@ def steps(groups: tuple[str, ...], folder: Path) -> list[Step]:
     if "end-to-end" in groups:
         options = ("--device", "cuda", "--budget", "1", "--output", str(folder / "end_to_end.jsonl"))
         found.append(Step("end-to-end", (sys.executable, str(BENCH / "end_to_end.py"), *options), 300))
+        eager = ("--compiler", "eager", "--output", str(folder / "selection_cost.jsonl"))
+        command = (sys.executable, str(BENCH / "selection_cost.py"), "--device", "cuda", "--budget", "1", *eager)
+        found.append(Step("selection cost", command, 90))
     return found
 
 

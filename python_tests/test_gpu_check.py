@@ -91,7 +91,7 @@ def test_steps(check: ModuleType, bench: Path, monkeypatch: pytest.MonkeyPatch, 
     """Every benchmark is found; the sanitizer is skipped, with its reason, where it is not installed."""
     monkeypatch.setattr(check.shutil, "which", lambda name, path=None: None)
     found = {step.name: step for step in check.steps(check.GROUPS, tmp_path)}
-    assert found.keys() >= {"tests", "memcheck", "racecheck", "wpr", "topk_gather", "end-to-end"}
+    assert found.keys() >= {"tests", "memcheck", "racecheck", "wpr", "topk_gather", "end-to-end", "selection cost"}
     assert {path.stem.removeprefix("bench_") for path in bench.glob("bench_*.py")} <= found.keys()
     assert "not installed" in found["memcheck"].skip
     monkeypatch.setattr(check.shutil, "which", lambda name, path=None: f"/bin/{name}")
