@@ -40,7 +40,7 @@ class ColumnSums {
         lse_(lse),
         out_(out),
         panel_(padded_columns<acc_t>(qk_.tokens) * qk_.channels),
-        block_(std::clamp<int64_t>((colsum_.row_end - colsum_.row_begin) / kTasks / 4 * 4, 4, kQueryBlock)),
+        block_(std::clamp<int64_t>((colsum_.row_end - colsum_.row_begin) / kTasks / 8 * 8, 8, kQueryBlock)),
         blocks_((colsum_.row_end - colsum_.row_begin + block_ - 1) / block_),
         group_(std::clamp<int64_t>(kPanelBytes / (qk_.heads * panel_ * static_cast<int64_t>(sizeof(acc_t))), 1,
                                    std::max<int64_t>(qk_.batch, 1))),
@@ -109,7 +109,7 @@ class ColumnSums {
   const acc_t* lse_;  // [batch, heads, tokens], or null
   acc_t* out_;        // [batch, tokens]
   int64_t panel_;     // numbers in the packed keys of one head
-  int64_t block_;     // queries whose rows are formed together, a multiple of four
+  int64_t block_;     // queries whose rows are formed together, a multiple of eight
   int64_t blocks_;    // of them, in an image
   int64_t group_;     // images at a time
   std::vector<acc_t> panels_;
