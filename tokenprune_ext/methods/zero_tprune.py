@@ -118,7 +118,7 @@ class ZeroTPrune(ScoredMethod):
             return unranked.scatter(1, rest, among[:, ctx.num_prefix :])
 
         if self.reduction == "drop":
-            _, places = ops.topk_gather(among.unsqueeze(2), among, keep, ctx.num_prefix)
+            _, places = ops.topk_gather(among.unsqueeze(2), among, keep, ctx.num_prefix)  # for the positions alone
             kept = rest.gather(1, places - ctx.num_prefix)
             return Reduced(ctx.take(ctx.x, kept), kept, scores=ranked)
         kept, lost = (rest.gather(1, part - ctx.num_prefix) for part in split(among, keep, ctx.num_prefix))
