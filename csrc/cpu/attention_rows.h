@@ -1,9 +1,11 @@
 // Softmax rows of q k^T, a block of queries at a time: what the operators that never store the matrix are made of.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "../ops/qk_params.h"
@@ -13,40 +15,81 @@ namespace tokenprune {
 
 constexpr int64_t kQueryBlock = 32;  // queries whose rows are formed together
 
-// e^x for x up to about 88, in a form that the compiler vectorises: 2^(n + f) with a polynomial for 2^f on [-1/2, 1/2],
-// within 2 units in the last place; 0 below 2^-126, infinity above the largest float, NaN for NaN.
-inline float vector_exp(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  float power = x * 1.44269504f;
-  power = power < -126.0f ? -126.0f : power;
-  power = power > 128.0f ? 128.0f : power;
-  const float shifted = power + kRound;
-  const float whole = shifted - kRound;
-  const float f = std::fma(x, 1.44269504f, -whole) + x * 1.92596299e-8f;  // log2(e) in two parts
-  float y = 1.5403530e-4f;
-  y = std::fma(y, f, 1.3333558e-3f);
-  y = std::fma(y, f, 9.6181291e-3f);
-  y = std::fma(y, f, 5.5504109e-2f);
-  y = std::fma(y, f, 2.4022651e-1f);
-  y = std::fma(y, f, 6.9314718e-1f);
-  y = std::fma(y, f, 1.0f);
-  const auto exponent = (std::bit_cast<int32_t>(shifted) - std::bit_cast<int32_t>(kRound) + 127) << 23;
-  y *= std::bit_cast<float>(exponent);
-  return x < -87.0f ? 0.0f : y;
-}
-inline double vector_exp(double x) { return std::exp(x); }
+// x becomes e^x in every lane, for x up to 88: 2^n e^r, with a polynomial for e^r on [-ln(2) / 2, ln(2) / 2]. In
+// float32 within one unit in the last place, and 0 where n would be -127, as it is at kLowest; NaN for NaN.
+constexpr float kLowest = -88.0f;
 
-// row[k] = e^(row[k] - shift); returns the sum.
-template <typename acc_t>
-TOKENPRUNE_MULTIVERSION acc_t exp_row(acc_t* __restrict__ row, int64_t n, acc_t shift) {
-  return sum_in_parts<acc_t>(n, [&](int64_t k) { return row[k] = vector_exp(row[k] - shift); });
+template <typename vector_t>
+[[gnu::always_inline]] inline void vector_exp(vector_t& x, const vector_t& lowest) {
+  using lane_t = std::remove_cvref_t<decltype(x[0])>;
+  if constexpr (sizeof(lane_t) == 8) {
+    for (size_t l = 0; l < sizeof(vector_t) / sizeof(lane_t); ++l) x[l] = std::exp(x[l]);
+  } else {
+    using bits_t = decltype(x < x);
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    Larger::join(x, lowest);
+    const vector_t shifted = x * 1.44269504f + kRound;
+    const vector_t n = shifted - kRound;
+    const vector_t r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2) in two parts, the first product exact
+    vector_t y = r * 1.38145404e-3f + 8.36874514e-3f;
+    y = y * r + 4.16683908e-2f;
+    y = y * r + 1.66665204e-1f;
+    y = y * r + 4.99999934e-1f;
+    y = y * r + 1.0f;
+    y = y * r + 1.0f;
+    constexpr int32_t kBias = 127 - std::bit_cast<int32_t>(kRound);  // only its low bits are left
+    x = y * reinterpret_cast<vector_t>((reinterpret_cast<bits_t>(shifted) + kBias) << 23);
+  }
 }
 
+// terms[k] = e^(row[k] - shift) of the n numbers of a row, which may be the same place; returns their sum. Both have
+// room for a multiple of kRowLanes: minus infinity is written behind a row, and zeros behind the terms.
+constexpr int64_t kRowLanes = 16;
+constexpr int64_t padded_row(int64_t n) { return (n + kRowLanes - 1) / kRowLanes * kRowLanes; }
+
+template <int kBytes, typename acc_t>
+[[gnu::always_inline]] inline acc_t exp_in_vectors(const acc_t* row, int64_t width, acc_t shift, acc_t* terms) {
+  using Vectors = VectorsOf<kBytes, acc_t>;
+  acc_t least = kLowest;
+  asm("" : "+m"(least));  // with a constant, GCC compares and selects in two instructions
+  const auto lowest = typename Vectors::type{} + least;
+  typename Vectors::type sum = {};
+  for (int64_t k = 0; k < width; k += Vectors::kLanes) {
+    typename Vectors::type term;
+    Vectors::load(row + k, term);
+    term -= shift;
+    vector_exp(term, lowest);
+    *reinterpret_cast<typename Vectors::type*>(terms + k) = term;
+    sum += term;
+  }
+  return join_lanes<Sum>(sum);
+}
+
 template <typename acc_t>
-acc_t row_max(const acc_t* row, int64_t n) {
-  acc_t found = 0;
-  with_vectors([&](auto bytes) __attribute__((always_inline)) { found = largest_of<bytes()>(row, n); });
-  return found;
+void pad_row(acc_t* row, int64_t n) {
+  std::fill(row + n, row + padded_row(n), -std::numeric_limits<acc_t>::infinity());
+}
+
+template <typename acc_t>
+acc_t exp_row(acc_t* row, int64_t n, acc_t shift, acc_t* terms) {
+  pad_row(row, n);
+  acc_t sum = 0;
+  with_vectors([&](auto bytes)
+                   __attribute__((always_inline)) { sum = exp_in_vectors<bytes()>(row, padded_row(n), shift, terms); });
+  return sum;
+}
+
+// The same with the largest number of the row as `shift`, which comes back. Where all are minus infinity or NaN, the
+// subtraction makes NaN of them, as softmax does.
+template <typename acc_t>
+acc_t softmax_terms(acc_t* row, int64_t n, acc_t* shift, acc_t* terms) {
+  pad_row(row, n);
+  acc_t sum = 0;
+  with_vectors([&](auto bytes) __attribute__((always_inline)) {
+    *shift = largest_of<bytes()>(row, padded_row(n));
+    sum = exp_in_vectors<bytes()>(row, padded_row(n), *shift, terms);
+  });
+  return sum;
 }
 
 // The logits of a block of queries of one head, and the buffers for them; one object a thread.
@@ -71,13 +114,6 @@ class AttentionRows {
   }
   acc_t* row(int64_t r) { return rows_.data() + r * stride_; }
   int64_t stride() const { return stride_; }
-
-  // Row r becomes e^(logit - its largest); returns the sum, and that largest logit in `shift`.
-  acc_t softmax_terms(int64_t r, acc_t* shift) {
-    *shift = row_max(row(r), params_.tokens);
-    // All logits -infinity, or NaN: leave the subtraction to make NaN of it, as softmax does.
-    return exp_row(row(r), params_.tokens, *shift);
-  }
 
  private:
   QkParams params_;

@@ -87,9 +87,9 @@ class ColumnSums {
     for (int64_t r = 0; r < count; ++r) {
       acc_t factor = 1, shift = 0;
       if (lse_) {
-        exp_row(rows.row(r), n, lse_[(image * qk_.heads + h) * n + first + r]);
+        exp_row(rows.row(r), n, lse_[(image * qk_.heads + h) * n + first + r], rows.row(r));
       } else {
-        factor = acc_t(1) / rows.softmax_terms(r, &shift);
+        factor = acc_t(1) / softmax_terms(rows.row(r), n, &shift, rows.row(r));
       }
       join_head(rows.row(r), n, factor, colsum_.head_reduce == HeadReduce::kMax, h == 0, reduced + r * rows.stride());
     }

@@ -27,9 +27,9 @@ template <int kBytes, typename acc_t>
     Values::load(similarity + c, value);
     Tokens::load(tokens + c, token);
     token = value == wanted ? token : nobody;
-    lowest = token < lowest ? token : lowest;
+    Lower::join(lowest, token);
   }
-  return join_lanes<Tokens::kLanes>(lowest, [](token_t a, token_t b) { return b < a ? b : a; });
+  return join_lanes<Lower>(lowest);
 }
 
 // The largest of `count` similarities and the lowest token that has it. NaN is never the largest; without any other

@@ -70,14 +70,13 @@ template <int kTokens, int kBytes, typename value_t, typename acc_t>
   }
 }
 
-// The softmax of a head's row, times the lengths.
+// The softmax of a head's row, times the lengths; `terms` has room for a padded row.
 template <typename value_t, typename acc_t>
-void weigh_row(const value_t* bias, const acc_t* lengths, int64_t n, acc_t* row) {
-  if (bias) {
-    for (int64_t i = 0; i < n; ++i) row[i] += static_cast<acc_t>(bias[i]);
-  }
-  const acc_t sum = exp_row(row, n, row_max(row, n));
-  for (int64_t i = 0; i < n; ++i) row[i] = row[i] / sum * (lengths ? lengths[i] : acc_t(1));
+void weigh_row(const value_t* bias, const acc_t* lengths, int64_t n, acc_t* terms, acc_t* row) {
+  for (int64_t i = 0; i < n; ++i) terms[i] = row[i] + (bias ? static_cast<acc_t>(bias[i]) : acc_t(0));
+  acc_t largest = 0;
+  const acc_t sum = softmax_terms(terms, n, &largest, terms);
+  for (int64_t i = 0; i < n; ++i) row[i] = terms[i] / sum * (lengths ? lengths[i] : acc_t(1));
 }
 
 template <bool kMax, typename acc_t>
@@ -134,11 +133,12 @@ void weigh_images(const ClassAttentionParams& params, const value_t* q, const va
   visit_images(params, q, k, v, logits.data(), lengths.data());
   torch::stable::parallel_for(
       0, qk.batch, std::max<int64_t>(1, kGrain / (qk.heads * n)), [&](int64_t begin, int64_t end) {
+        std::vector<acc_t> terms(padded_row(n));
         for (int64_t b = begin; b < end; ++b) {
           acc_t* weights = logits.data() + b * qk.heads * n;
           for (int64_t h = 0; h < qk.heads; ++h) {
             weigh_row(bias ? bias + params.bias_offset(b, h) : nullptr,
-                      v ? lengths.data() + (b * qk.heads + h) * n : nullptr, n, weights + h * n);
+                      v ? lengths.data() + (b * qk.heads + h) * n : nullptr, n, terms.data(), weights + h * n);
           }
           if (params.head_reduce == HeadReduce::kMax) {
             join_heads<true>(weights, qk.heads, n, acc_t(1), out + b * n);

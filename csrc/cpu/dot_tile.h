@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #include "simd.h"
 
@@ -21,50 +22,63 @@ constexpr int64_t padded_columns(int64_t n) {
   return (n + panel_width<acc_t>() - 1) / panel_width<acc_t>() * panel_width<acc_t>();
 }
 
-// Four rows of four numbers become four columns.
-template <typename value_t, typename acc_t>
-[[gnu::always_inline]] inline void transpose_4x4(const value_t* __restrict__ rows, int64_t row_stride,
-                                                 acc_t* __restrict__ columns, int64_t column_stride) {
-  typedef acc_t quad_t __attribute__((vector_size(4 * sizeof(acc_t)), aligned(sizeof(acc_t)), may_alias));
-  quad_t row[4];
-#pragma GCC unroll 4
-  for (int64_t r = 0; r < 4; ++r) {
-    const value_t* from = rows + r * row_stride;
-    row[r] = quad_t{static_cast<acc_t>(from[0]), static_cast<acc_t>(from[1]), static_cast<acc_t>(from[2]),
-                    static_cast<acc_t>(from[3])};
+// Of two vectors: the halves of every pair of kHalf lanes that both have on the same side, and those on the other.
+template <int kHalf, typename vector_t, size_t... lane>
+[[gnu::always_inline]] inline void swap_halves(vector_t& a, vector_t& b, std::index_sequence<lane...> lanes) {
+  const vector_t first = a;
+  a = __builtin_shufflevector(first, b, (lane & kHalf ? lanes.size() + lane - kHalf : lane)...);
+  b = __builtin_shufflevector(first, b, (lane & kHalf ? lanes.size() + lane : lane + kHalf)...);
+}
+
+// Element c of vector r becomes element r of vector c: first between the halves of the block, then within them.
+template <int kHalf, int kLanes, typename vector_t>
+[[gnu::always_inline]] inline void transpose(vector_t (&block)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(i & kHalf)) swap_halves<kHalf>(block[i], block[i + kHalf], std::make_index_sequence<kLanes>());
   }
-  const quad_t low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
-  const quad_t low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
-  const quad_t high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
-  const quad_t high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
-  const auto column = [&](int64_t c) { return reinterpret_cast<quad_t*>(columns + c * column_stride); };
-  *column(0) = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
-  *column(1) = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
-  *column(2) = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
-  *column(3) = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
+  if constexpr (kHalf > 1) transpose<kHalf / 2>(block);
+}
+
+// One panel of `width` rows: blocks of as many rows and channels as a vector has lanes, with zeros for what is missing.
+template <int kBytes, typename value_t, typename acc_t>
+[[gnu::always_inline]] inline void pack_panel(const value_t* __restrict__ rows, int64_t row_stride, int64_t width,
+                                              int64_t d, acc_t* __restrict__ panel) {
+  using Vectors = VectorsOf<kBytes, acc_t>;
+  constexpr int64_t kWidth = panel_width<acc_t>();
+  constexpr int kLanes = Vectors::kLanes;
+  int64_t c = 0;
+  for (; c + kLanes <= d; c += kLanes) {
+    for (int64_t j = 0; j < kWidth; j += kLanes) {
+      typename Vectors::type block[kLanes] = {};
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) {
+        if (j + r < width) Vectors::load(rows + (j + r) * row_stride + c, block[r]);
+      }
+      transpose<kLanes / 2>(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) {
+        *reinterpret_cast<typename Vectors::type*>(panel + (c + r) * kWidth + j) = block[r];
+      }
+    }
+  }
+  for (; c < d; ++c) {
+    for (int64_t j = 0; j < kWidth; ++j) {
+      panel[c * kWidth + j] = j < width ? static_cast<acc_t>(rows[j * row_stride + c]) : acc_t(0);
+    }
+  }
 }
 
 // rows: n rows of d channels, `row_stride` apart -> panels: padded_columns(n) * d numbers.
 template <typename value_t, typename acc_t>
-TOKENPRUNE_MULTIVERSION void pack_columns(const value_t* __restrict__ rows, int64_t row_stride, int64_t n, int64_t d,
-                                          acc_t* __restrict__ panels) {
+void pack_columns(const value_t* rows, int64_t row_stride, int64_t n, int64_t d, acc_t* panels) {
   constexpr int64_t kWidth = panel_width<acc_t>();
-  for (int64_t first = 0; first < n; first += kWidth, rows += kWidth * row_stride, panels += kWidth * d) {
-    const int64_t width = std::min(kWidth, n - first);
-    if (width < kWidth) std::fill_n(panels, kWidth * d, acc_t(0));
-    const int64_t whole_rows = width / 4 * 4;
-    const int64_t whole_channels = d / 4 * 4;
-    for (int64_t c = 0; c < whole_channels; c += 4) {
-      for (int64_t j = 0; j < whole_rows; j += 4) {
-        transpose_4x4(rows + j * row_stride + c, row_stride, panels + c * kWidth + j, kWidth);
-      }
+  with_vectors([&](auto bytes) __attribute__((always_inline)) {
+    for (int64_t first = 0; first < n; first += kWidth) {
+      const int64_t width = std::min(kWidth, n - first);
+      pack_panel<bytes()>(rows + first * row_stride, row_stride, width, d, panels + first * d);
     }
-    for (int64_t j = 0; j < width; ++j) {
-      for (int64_t c = j < whole_rows ? whole_channels : 0; c < d; ++c) {
-        panels[c * kWidth + j] = static_cast<acc_t>(rows[j * row_stride + c]);
-      }
-    }
-  }
+  });
 }
 
 // Rows of numbers in memory: number c of row r is data[r * row_stride + c * channel_stride].
@@ -121,20 +135,18 @@ inline int64_t rows_at_once() {
   return 4;
 }
 
-// The same for any number of rows.
+// The same for any number of rows, rounded up to as many as are taken at once: there has to be room for them.
 template <typename acc_t>
 void dot_block(const Rows<acc_t>& rows, int64_t num_rows, const acc_t* panels, int64_t d, int64_t n, acc_t factor,
                acc_t* out, int64_t out_stride) {
-  int64_t r = 0;
   const auto run = [&](auto count) {
-    for (; r + count() <= num_rows; r += count()) {
+    for (int64_t r = 0; r < num_rows; r += count()) {
       dot_rows<count()>(rows.data + r * rows.row_stride, rows.row_stride, rows.channel_stride, panels, d, n, factor,
                         out + r * out_stride, out_stride);
     }
   };
-  if (rows_at_once() >= 8) run(std::integral_constant<int, 8>());
+  if (rows_at_once() >= 8) return run(std::integral_constant<int, 8>());
   run(std::integral_constant<int, 4>());
-  run(std::integral_constant<int, 1>());
 }
 
 }  // namespace tokenprune

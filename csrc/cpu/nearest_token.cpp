@@ -62,7 +62,7 @@ template <int kBytes, typename value_t, typename acc_t>
 #pragma GCC unroll 8
     for (int64_t v = 0; v < half; ++v) squares[v] += squares[v + half];
   }
-  acc_t sum = join_lanes<Strip::kLanes>(squares[0], [](acc_t a, acc_t b) { return a + b; });
+  acc_t sum = join_lanes<Sum>(squares[0]);
   for (; c < d; ++c) {
     row[c] = static_cast<acc_t>(x[c]);
     for (int64_t h = 1; h < params.heads; ++h) row[c] += static_cast<acc_t>(x[h * params.head_stride + c]);
@@ -110,7 +110,7 @@ void pack_rows(const NearestTokenParams& params, const value_t* x, Sorted<acc_t>
   });
 }
 
-// Results of one image. Each place's row of similarities goes to `products` [patches, stride], or nowhere.
+// Results of one image. Each place's row of similarities goes to `products` [stride, stride], or nowhere.
 template <typename acc_t>
 void match_places(const NearestTokenParams& params, const Sorted<acc_t>& sorted, acc_t* products, acc_t* similarity,
                   int64_t* index) {
@@ -131,7 +131,7 @@ void match_places(const NearestTokenParams& params, const Sorted<acc_t>& sorted,
       acc_t* out = products ? products + first * stride : own.get();
       for (int64_t r = 0; r < count; r += together) {
         const int64_t last = std::min(r + together, count) - 1;  // columns only become more from row to row
-        dot_block({rows + r, 1, kWidth}, last + 1 - r, sorted.panels.get(), d, sorted.columns[first + last], acc_t(1),
+        dot_block({rows + r, 1, kWidth}, together, sorted.panels.get(), d, sorted.columns[first + last], acc_t(1),
                   out + r * stride, stride);
       }
       for (int64_t r = 0; r < count; ++r) {
@@ -155,7 +155,7 @@ void search_all(const NearestTokenParams& params, const Tensor& metric, const Or
   const auto* x = vector_ptr<scalar_t>(metric);
   const auto match_images = [&](int64_t begin, int64_t end) {
     Sorted<acc_t> sorted(params);
-    const std::unique_ptr<acc_t[]> rows(keep_rows ? new acc_t[n * sorted.stride] : nullptr);
+    const std::unique_ptr<acc_t[]> rows(keep_rows ? new acc_t[sorted.stride * sorted.stride] : nullptr);
     std::vector<acc_t> similarity(params.tokens, acc_t(-1));
     std::vector<int64_t> candidate(params.tokens, -1);
     for (int64_t b = begin; b < end; ++b) {

@@ -108,18 +108,41 @@ template <typename acc_t, typename Term>
   return sum;
 }
 
-// join(lanes[0], ..., lanes[kLanes - 1]), in pairs.
-template <int64_t kLanes, typename vector_t, typename Join>
-[[gnu::always_inline]] inline auto join_lanes(const vector_t& lanes, const Join& join) {
-  std::remove_cvref_t<decltype(lanes[0])> joined[kLanes];
-#pragma GCC unroll 16
-  for (int64_t l = 0; l < kLanes; ++l) joined[l] = lanes[l];
-#pragma GCC unroll 4
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int64_t l = 0; l < half; ++l) joined[l] = join(joined[l], joined[l + half]);
+// What two numbers become, or those in the lanes of two vectors.
+struct Sum {
+  template <typename T>
+  [[gnu::always_inline]] static void join(T& a, const T& b) {
+    a += b;
   }
-  return joined[0];
+};
+struct Larger {
+  template <typename T>
+  [[gnu::always_inline]] static void join(T& a, const T& b) {
+    a = b > a ? b : a;
+  }
+};
+struct Lower {
+  template <typename T>
+  [[gnu::always_inline]] static void join(T& a, const T& b) {
+    a = b < a ? b : a;
+  }
+};
+
+// All lanes of a vector as one number: its halves are joined, and theirs.
+template <typename Join, typename vector_t>
+[[gnu::always_inline]] inline auto join_lanes(const vector_t& lanes) {
+  using lane_t = std::remove_cvref_t<decltype(lanes[0])>;
+  if constexpr (sizeof(vector_t) == 2 * sizeof(lane_t)) {
+    lane_t joined = lanes[0];
+    Join::join(joined, static_cast<lane_t>(lanes[1]));
+    return joined;
+  } else {
+    typedef lane_t half_t __attribute__((vector_size(sizeof(vector_t) / 2)));
+    half_t halves[2];
+    std::memcpy(halves, &lanes, sizeof(lanes));
+    Join::join(halves[0], halves[1]);
+    return join_lanes<Join>(halves[0]);
+  }
 }
 
 // The largest of n numbers, in vectors of kBytes; NaN never is, and without any other it is minus infinity. (For
@@ -133,11 +156,10 @@ template <int kBytes, typename acc_t>
   for (; i + Vectors::kLanes <= n; i += Vectors::kLanes) {
     typename Vectors::type value;
     Vectors::load(row + i, value);
-    largest = value > largest ? value : largest;
+    Larger::join(largest, value);
   }
-  const auto larger = [](acc_t a, acc_t b) { return b > a ? b : a; };
-  acc_t found = join_lanes<Vectors::kLanes>(largest, larger);
-  for (; i < n; ++i) found = larger(found, row[i]);
+  acc_t found = join_lanes<Larger>(largest);
+  for (; i < n; ++i) Larger::join(found, row[i]);
   return found;
 }
 

@@ -39,39 +39,6 @@ TOKENPRUNE_MULTIVERSION void scale_row(const acc_t* __restrict__ row, int64_t n,
   for (int64_t k = 0; k < n; ++k) out[k] = row[k] * factor;
 }
 
-// terms = e^(logit - the largest) of the `n` logits of a row, which may be the same place; returns the sum. As
-// softmax_terms, but the row is filled up with minus infinity to whole vectors, [n, width): short rows would otherwise
-// spend half of the time on what is left over.
-template <typename acc_t>
-TOKENPRUNE_MULTIVERSION acc_t padded_terms(acc_t* row, int64_t n, int64_t width, acc_t* terms) {
-  constexpr int64_t kParts = 16;
-  constexpr acc_t kNone = -std::numeric_limits<acc_t>::infinity();
-  for (int64_t k = n; k < width; ++k) row[k] = kNone;
-  acc_t most[kParts], sums[kParts] = {};
-  for (int64_t j = 0; j < kParts; ++j) most[j] = kNone;
-  for (int64_t k = 0; k < width; k += kParts) {
-    for (int64_t j = 0; j < kParts; ++j) most[j] = row[k + j] > most[j] ? row[k + j] : most[j];
-  }
-#pragma GCC unroll 4
-  for (int64_t half = kParts / 2; half > 0; half /= 2) {
-    for (int64_t j = 0; j < half; ++j) most[j] = most[half + j] > most[j] ? most[half + j] : most[j];
-  }
-  const acc_t shift = most[0];
-  for (int64_t k = 0; k < width; k += kParts) {
-    acc_t term[kParts];
-    for (int64_t j = 0; j < kParts; ++j) term[j] = vector_exp(row[k + j] - shift);
-    for (int64_t j = 0; j < kParts; ++j) {
-      sums[j] += term[j];
-      terms[k + j] = term[j];
-    }
-  }
-#pragma GCC unroll 4
-  for (int64_t half = kParts / 2; half > 0; half /= 2) {
-    for (int64_t j = 0; j < half; ++j) sums[j] += sums[half + j];
-  }
-  return sums[0];
-}
-
 // Queries and keys of a head lie a page apart from token to token, which no processor foresees.
 template <typename value_t>
 void prefetch(const value_t* rows, int64_t row_stride, int64_t count, int64_t channels) {
@@ -86,7 +53,6 @@ template <typename value_t, typename acc_t>
 void iterate_small(const Matrices<value_t, acc_t>& work, int64_t begin, int64_t end) {
   const QkParams& qk = work.params.qk;
   const int64_t n = qk.tokens, stride = work.stride();
-  const int64_t width = (n + 15) / 16 * 16;
   const bool once = work.params.wpr.max_iters == 1;
   AttentionRows<value_t, acc_t> rows(qk);
   std::vector<acc_t> panels(stride * qk.channels), next(n), partial(n), sums(n), weights(kQueryBlock);
@@ -108,7 +74,10 @@ void iterate_small(const Matrices<value_t, acc_t>& work, int64_t begin, int64_t 
       if (m + 1 < end) prefetch(work.keys(m + 1) + first * qk.k_token_stride, qk.k_token_stride, count, qk.channels);
       rows.form(work.queries(m), panels.data(), first, count);
       acc_t* terms = once ? rows.row(0) : matrix.get() + first * stride;
-      for (int64_t r = 0; r < count; ++r) sums[first + r] = padded_terms(rows.row(r), n, width, terms + r * stride);
+      for (int64_t r = 0; r < count; ++r) {
+        acc_t largest = 0;
+        sums[first + r] = softmax_terms(rows.row(r), n, &largest, terms + r * stride);
+      }
       if (once) add_block(terms, first, count, s, next.data());
     }
     if (once) {
@@ -145,7 +114,7 @@ void iterate_large(const Matrices<value_t, acc_t>& work, int64_t m) {
     rows.form(work.queries(m), panels.data(), first, count);
     for (int64_t r = 0; r < count; ++r) {
       acc_t shift = 0;
-      const acc_t sum = rows.softmax_terms(r, &shift);
+      const acc_t sum = softmax_terms(rows.row(r), n, &shift, rows.row(r));
       row_sums[first + r] = shift + std::log(sum);
       if (held) scale_row(rows.row(r), n, acc_t(1) / sum, matrix.data() + (first + r) * stride);
     }
@@ -158,7 +127,7 @@ void iterate_large(const Matrices<value_t, acc_t>& work, int64_t m) {
       if (held) return power_step(matrix.data() + first * stride, stride, from + first, count, sums, n);
       AttentionRows<value_t, acc_t> rows(qk);
       rows.form(work.queries(m), panels.data(), first, count);
-      for (int64_t r = 0; r < count; ++r) exp_row(rows.row(r), n, row_sums[first + r]);
+      for (int64_t r = 0; r < count; ++r) exp_row(rows.row(r), n, row_sums[first + r], rows.row(r));
       power_step(rows.row(0), stride, from + first, count, sums, n);
     });
     std::fill_n(to, n, acc_t(0));
