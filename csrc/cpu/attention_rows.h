@@ -103,10 +103,10 @@ class AttentionRows {
         rows_(kQueryBlock * stride_) {}
 
   // Logits of the queries first .. first + count - 1 against all keys, which `panels` holds.
-  void form(const value_t* q, const acc_t* panels, int64_t first, int64_t count) {
+  void form(const TokenRows<value_t>& q, const acc_t* panels, int64_t first, int64_t count) {
     const int64_t d = params_.channels;
     for (int64_t r = 0; r < count; ++r) {
-      const value_t* from = q + (first + r) * params_.q_token_stride;
+      const value_t* from = q[first + r];
       for (int64_t c = 0; c < d; ++c) queries_[r * d + c] = static_cast<acc_t>(from[c]);
     }
     dot_block({queries_.data(), d}, count, panels, d, params_.tokens, static_cast<acc_t>(params_.scale), rows_.data(),

@@ -61,7 +61,7 @@ class ColumnSums {
     torch::stable::parallel_for(0, images * qk_.heads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m) {
         const value_t* keys = k_ + qk_.k_offset(first + m / qk_.heads, m % qk_.heads);
-        pack_columns(keys, qk_.k_token_stride, qk_.tokens, qk_.channels, panels_.data() + m * panel_);
+        pack_columns(TokenRows{keys, qk_.k_token_stride}, qk_.tokens, qk_.channels, panels_.data() + m * panel_);
       }
     });
   }
@@ -83,7 +83,8 @@ class ColumnSums {
   void join(AttentionRows<value_t, acc_t>& rows, int64_t image, int64_t slot, int64_t h, int64_t first, int64_t count,
             acc_t* reduced) {
     const int64_t n = qk_.tokens;
-    rows.form(q_ + qk_.q_offset(image, h), panels_.data() + (slot * qk_.heads + h) * panel_, first, count);
+    rows.form({q_ + qk_.q_offset(image, h), qk_.q_token_stride}, panels_.data() + (slot * qk_.heads + h) * panel_,
+              first, count);
     for (int64_t r = 0; r < count; ++r) {
       acc_t factor = 1, shift = 0;
       if (lse_) {

@@ -22,6 +22,16 @@ constexpr int64_t padded_columns(int64_t n) {
   return (n + panel_width<acc_t>() - 1) / panel_width<acc_t>() * panel_width<acc_t>();
 }
 
+// The channels of tokens, of all or, by their positions, of some.
+template <typename value_t>
+struct TokenRows {
+  const value_t* data;
+  int64_t stride;                  // between tokens
+  const int64_t* taken = nullptr;  // row r is token taken[r]; null: token r
+
+  [[gnu::always_inline]] const value_t* operator[](int64_t r) const { return data + (taken ? taken[r] : r) * stride; }
+};
+
 // Of two vectors: the halves of every pair of kHalf lanes that both have on the same side, and those on the other.
 template <int kHalf, typename vector_t, size_t... lane>
 [[gnu::always_inline]] inline void swap_halves(vector_t& a, vector_t& b, std::index_sequence<lane...> lanes) {
@@ -42,8 +52,8 @@ template <int kHalf, int kLanes, typename vector_t>
 
 // One panel of `width` rows: blocks of as many rows and channels as a vector has lanes, with zeros for what is missing.
 template <int kBytes, typename value_t, typename acc_t>
-[[gnu::always_inline]] inline void pack_panel(const value_t* __restrict__ rows, int64_t row_stride, int64_t width,
-                                              int64_t d, acc_t* __restrict__ panel) {
+[[gnu::always_inline]] inline void pack_panel(const TokenRows<value_t>& rows, int64_t first, int64_t width, int64_t d,
+                                              acc_t* __restrict__ panel) {
   using Vectors = VectorsOf<kBytes, acc_t>;
   constexpr int64_t kWidth = panel_width<acc_t>();
   constexpr int kLanes = Vectors::kLanes;
@@ -53,7 +63,7 @@ template <int kBytes, typename value_t, typename acc_t>
       typename Vectors::type block[kLanes] = {};
 #pragma GCC unroll 16
       for (int r = 0; r < kLanes; ++r) {
-        if (j + r < width) Vectors::load(rows + (j + r) * row_stride + c, block[r]);
+        if (j + r < width) Vectors::load(rows[first + j + r] + c, block[r]);
       }
       transpose<kLanes / 2>(block);
 #pragma GCC unroll 16
@@ -64,19 +74,19 @@ template <int kBytes, typename value_t, typename acc_t>
   }
   for (; c < d; ++c) {
     for (int64_t j = 0; j < kWidth; ++j) {
-      panel[c * kWidth + j] = j < width ? static_cast<acc_t>(rows[j * row_stride + c]) : acc_t(0);
+      panel[c * kWidth + j] = j < width ? static_cast<acc_t>(rows[first + j][c]) : acc_t(0);
     }
   }
 }
 
-// rows: n rows of d channels, `row_stride` apart -> panels: padded_columns(n) * d numbers.
+// n rows of d channels -> panels: padded_columns(n) * d numbers.
 template <typename value_t, typename acc_t>
-void pack_columns(const value_t* rows, int64_t row_stride, int64_t n, int64_t d, acc_t* panels) {
+void pack_columns(const TokenRows<value_t>& rows, int64_t n, int64_t d, acc_t* panels) {
   constexpr int64_t kWidth = panel_width<acc_t>();
   with_vectors([&](auto bytes) __attribute__((always_inline)) {
     for (int64_t first = 0; first < n; first += kWidth) {
       const int64_t width = std::min(kWidth, n - first);
-      pack_panel<bytes()>(rows + first * row_stride, row_stride, width, d, panels + first * d);
+      pack_panel<bytes()>(rows, first, width, d, panels + first * d);
     }
   });
 }

@@ -105,7 +105,7 @@ void pack_rows(const NearestTokenParams& params, const value_t* x, Sorted<acc_t>
           sorted.offsets[first + i] = normalize<bytes()>(params, token, rows.get() + i * d);
         }
       });
-      pack_columns(rows.get(), d, count, d, sorted.panels.get() + first * d);
+      pack_columns(TokenRows<acc_t>{rows.get(), d}, count, d, sorted.panels.get() + first * d);
     }
   });
 }

@@ -23,11 +23,19 @@ struct Matrices {
   WprQkParams params;
   const value_t* q;
   const value_t* k;
-  const acc_t* start;  // or null
-  acc_t* scores;       // [matrices, tokens]
+  const acc_t* start;    // or null
+  const int64_t* taken;  // [batch, tokens]: the tokens that are ranked, or null
+  acc_t* scores;         // [matrices, tokens]
 
-  const value_t* queries(int64_t m) const { return q + params.qk.q_offset(m / params.qk.heads, m % params.qk.heads); }
-  const value_t* keys(int64_t m) const { return k + params.qk.k_offset(m / params.qk.heads, m % params.qk.heads); }
+  TokenRows<value_t> queries(int64_t m) const {
+    const int64_t image = m / params.qk.heads;
+    return {q + params.qk.q_offset(image, m % params.qk.heads), params.qk.q_token_stride, taken_of(image)};
+  }
+  TokenRows<value_t> keys(int64_t m) const {
+    const int64_t image = m / params.qk.heads;
+    return {k + params.qk.k_offset(image, m % params.qk.heads), params.qk.k_token_stride, taken_of(image)};
+  }
+  const int64_t* taken_of(int64_t image) const { return taken ? taken + image * params.qk.tokens : nullptr; }
   int64_t stride() const { return padded_columns<acc_t>(params.qk.tokens); }
   int64_t blocks() const { return (params.qk.tokens + kQueryBlock - 1) / kQueryBlock; }
   int64_t matrix_bytes() const { return params.qk.tokens * stride() * static_cast<int64_t>(sizeof(acc_t)); }
@@ -41,9 +49,10 @@ TOKENPRUNE_MULTIVERSION void scale_row(const acc_t* __restrict__ row, int64_t n,
 
 // Queries and keys of a head lie a page apart from token to token, which no processor foresees.
 template <typename value_t>
-void prefetch(const value_t* rows, int64_t row_stride, int64_t count, int64_t channels) {
-  for (int64_t r = 0; r < count; ++r, rows += row_stride) {
-    for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(value_t))) __builtin_prefetch(rows + c);
+void prefetch(const TokenRows<value_t>& rows, int64_t first, int64_t count, int64_t channels) {
+  for (int64_t r = first; r < first + count; ++r) {
+    const value_t* row = rows[r];
+    for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(value_t))) __builtin_prefetch(row + c);
   }
 }
 
@@ -66,12 +75,12 @@ void iterate_small(const Matrices<value_t, acc_t>& work, int64_t begin, int64_t 
     acc_t* s = work.scores + m * n;
     power_start(work.params.wpr, work.start, m, s);
     std::fill(next.begin(), next.end(), acc_t(0));
-    pack_columns(work.keys(m), qk.k_token_stride, n, qk.channels, panels.data());
+    pack_columns(work.keys(m), n, qk.channels, panels.data());
     for (int64_t first = 0; first < n; first += kQueryBlock) {
       const int64_t count = std::min(kQueryBlock, n - first);
       const int64_t following = std::min(kQueryBlock, n - first - count);
-      prefetch(work.queries(m) + (first + count) * qk.q_token_stride, qk.q_token_stride, following, qk.channels);
-      if (m + 1 < end) prefetch(work.keys(m + 1) + first * qk.k_token_stride, qk.k_token_stride, count, qk.channels);
+      prefetch(work.queries(m), first + count, following, qk.channels);
+      if (m + 1 < end) prefetch(work.keys(m + 1), first, count, qk.channels);
       rows.form(work.queries(m), panels.data(), first, count);
       acc_t* terms = once ? rows.row(0) : matrix.get() + first * stride;
       for (int64_t r = 0; r < count; ++r) {
@@ -103,7 +112,7 @@ void iterate_large(const Matrices<value_t, acc_t>& work, int64_t m) {
   const bool held = work.matrix_bytes() <= kHeldBytes;
   std::vector<acc_t> panels(stride * qk.channels), partial(blocks * n), next(n);
   std::vector<acc_t> matrix(held ? n * stride : 0), row_sums(n);
-  pack_columns(work.keys(m), qk.k_token_stride, n, qk.channels, panels.data());
+  pack_columns(work.keys(m), n, qk.channels, panels.data());
   const auto each_block = [&](const auto& visit) {  // visit(block, its first query, how many)
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) visit(b, b * kQueryBlock, std::min(kQueryBlock, n - b * kQueryBlock));
@@ -137,14 +146,40 @@ void iterate_large(const Matrices<value_t, acc_t>& work, int64_t m) {
   });
 }
 
-Tensor wpr_qk_cpu(Tensor q, Tensor k, double scale, std::optional<Tensor> start, int64_t max_iters, double tol, bool) {
-  const WprQkParams params = check_wpr_qk(q, k, scale, start, max_iters, tol);
+// The tokens that are ranked, image after image. Positions come from data, so this is the first place that can see a
+// wrong one.
+std::vector<int64_t> taken_tokens(const WprQkParams& params, const int64_t* among) {
+  std::vector<int64_t> taken(params.qk.batch * params.qk.tokens);
+  const int64_t low = params.num_prefix;
+  bool good = true;
+  int64_t* to = taken.data();
+  for (int64_t b = 0; b < params.qk.batch; ++b, among += params.named()) {
+    for (int64_t i = 0; i < low; ++i) *to++ = i;
+    for (int64_t i = 0; i < params.named(); ++i) {
+      good &= (i == 0 ? low : among[i - 1] + 1) <= among[i] && among[i] < params.source_tokens;
+      *to++ = among[i];
+    }
+  }
+  STD_TORCH_CHECK(good, "among must hold ascending positions in ", low, "..", params.source_tokens - 1,
+                  " (patch tokens)");
+  return taken;
+}
+
+Tensor wpr_qk_cpu(Tensor q, Tensor k, double scale, std::optional<Tensor> start, int64_t max_iters, double tol,
+                  std::optional<Tensor> among, int64_t num_prefix, bool) {
+  const WprQkParams params = check_wpr_qk(q, k, scale, start, max_iters, tol, among, num_prefix);
+  std::vector<int64_t> taken;
+  if (among.has_value()) taken = taken_tokens(params, data_ptr<const int64_t>(*among));
   Tensor out = allocate(q, {params.qk.batch, params.qk.heads, params.qk.tokens}, accumulate_dtype(q));
   TOKENPRUNE_DISPATCH(q.scalar_type(), "wpr_qk", [&] {
     using acc_t = accumulate_t<scalar_t>;
     const acc_t* first = start.has_value() ? data_ptr<acc_t>(*start) : nullptr;
-    const Matrices<vectorizable_t<scalar_t>, acc_t> work{params, vector_ptr<scalar_t>(q), vector_ptr<scalar_t>(k),
-                                                         first, data_ptr<acc_t>(out)};
+    const Matrices<vectorizable_t<scalar_t>, acc_t> work{params,
+                                                         vector_ptr<scalar_t>(q),
+                                                         vector_ptr<scalar_t>(k),
+                                                         first,
+                                                         among.has_value() ? taken.data() : nullptr,
+                                                         data_ptr<acc_t>(out)};
     if (work.matrix_bytes() <= kThreadBytes) {
       torch::stable::parallel_for(0, params.wpr.matrices, 1,
                                   [&](int64_t begin, int64_t end) { iterate_small(work, begin, end); });

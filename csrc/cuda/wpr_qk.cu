@@ -8,8 +8,8 @@ namespace tokenprune {
 namespace {
 
 Tensor wpr_qk_cuda(Tensor q, Tensor k, double scale, std::optional<Tensor> start, int64_t max_iters, double tol,
-                   bool allow_tf32) {
-  const WprQkParams params = check_wpr_qk(q, k, scale, start, max_iters, tol);
+                   std::optional<Tensor> among, int64_t num_prefix, bool allow_tf32) {
+  const WprQkParams params = check_wpr_qk(q, k, scale, start, max_iters, tol, among, num_prefix);
   const CudaScope scope(q);
   const auto dtype = accumulate_dtype(q);
   Tensor out = torch::stable::new_empty(q, {params.qk.batch, params.qk.heads, params.qk.tokens}, dtype);
@@ -21,9 +21,10 @@ Tensor wpr_qk_cuda(Tensor q, Tensor k, double scale, std::optional<Tensor> start
     Tensor workspace = torch::stable::new_empty(q, {wpr_qk_workspace(params, fits)}, dtype);
     Tensor active = torch::stable::new_empty(q, {fits ? 0 : params.wpr.matrices}, ScalarType::Int);
     const acc_t* first = start.has_value() ? data_ptr<acc_t>(*start) : nullptr;
+    const int64_t* named = among.has_value() ? data_ptr<int64_t>(*among) : nullptr;
     with_tf32<scalar_t>(allow_tf32, [&](auto tf32) {
       check_cuda(
-          launch_wpr_qk<tf32()>(params, fits, cuda_ptr<scalar_t>(q), cuda_ptr<scalar_t>(k), first,
+          launch_wpr_qk<tf32()>(params, fits, cuda_ptr<scalar_t>(q), cuda_ptr<scalar_t>(k), first, named,
                                 data_ptr<acc_t>(workspace), data_ptr<int>(active), data_ptr<acc_t>(out), scope.stream),
           "wpr_qk");
     });

@@ -7,9 +7,10 @@
 namespace tokenprune {
 
 inline WprParams check_iteration(const Tensor& of,                    // [B, H, N, ...]
-                                 const std::optional<Tensor>& start,  // [N] or [B, H, N]
+                                 int64_t tokens,                      // that are ranked: N, or some of them
+                                 const std::optional<Tensor>& start,  // [tokens] or [B, H, tokens]
                                  int64_t max_iters, double tol) {
-  const int64_t batch = of.size(0), heads = of.size(1), tokens = of.size(2);
+  const int64_t batch = of.size(0), heads = of.size(1);
   STD_TORCH_CHECK(max_iters >= 0, "max_iters must be at least 0, got ", max_iters);
   STD_TORCH_CHECK(tol >= 0, "tol must be at least 0, got ", tol);
   int64_t start_stride = 0;
@@ -31,7 +32,7 @@ inline WprParams check_wpr(const Tensor& attn,                  // [B, H, N, N]
                            int64_t max_iters, double tol) {
   STD_TORCH_CHECK(attn.dim() == 4 && attn.size(2) == attn.size(3), "attn must have shape [B, H, N, N]");
   STD_TORCH_CHECK(attn.size(1) > 0 && attn.size(2) > 0, "attn must have at least one head and one token");
-  return check_iteration(attn, start, max_iters, tol);
+  return check_iteration(attn, attn.size(2), start, max_iters, tol);
 }
 
 }  // namespace tokenprune

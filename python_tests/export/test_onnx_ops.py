@@ -57,6 +57,13 @@ def test_page_rank(start):
         check(own.wpr_qk.default, *QK, 0.3, start, iterations, 0.0)
 
 
+@pytest.mark.parametrize("num_prefix", [0, 2])
+def test_page_rank_among_some(num_prefix):
+    among = torch.tensor([[2, 3, 7, 20], [4, 5, 6, 22], [2, 9, 11, 12]])
+    for start in (None, random(num_prefix + 4).abs(), random(BATCH, HEADS, num_prefix + 4).abs()):
+        check(own.wpr_qk.default, *QK, 0.3, start, 4, 0.0, among, num_prefix)
+
+
 def test_head_filter():
     ranks = 1 + random(BATCH, HEADS, TOKENS) * torch.tensor([0.01, 0.3, 0.5, 3.0]).double()[:, None]
     for vmin, vmax in ((0.01, 0.7), (0.0, 100.0), (50.0, 60.0)):  # some heads, all, none

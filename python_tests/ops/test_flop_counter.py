@@ -22,10 +22,12 @@ def test_operators():
     attn = torch.rand(2, 3, 17, 17)
     metric, scores = torch.randn(2, 17, 24), torch.rand(2, 17)
     square = 2 * 3 * 17 * 17
+    among = torch.tensor([[1, 5, 6], [2, 3, 16]])
     expected = {
         lambda: OPS.wpr(attn): 30 * square,
         lambda: OPS.wpr(attn, max_iters=4): 4 * square,
         lambda: OPS.wpr_qk(q, q, 0.3, None, 5): (8 + 5) * square,
+        lambda: OPS.wpr_qk(q, q, 0.3, None, 5, among=among, num_prefix=1): 2 * 3 * 4 * 4 * (8 + 5),
         lambda: OPS.attn_colsum_qk(q, q, 0.3, num_prefix=1): 8 * square,
         lambda: OPS.class_attention(q, q, None, None, 0.3): 2 * 3 * 17 * 8,
         lambda: OPS.class_attention(q, q, q, None, 0.3): 2 * (2 * 3 * 17 * 8),

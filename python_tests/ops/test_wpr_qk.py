@@ -85,7 +85,8 @@ def test_tf32_changes_float32_on_tensor_cores_alone(backend: Backend) -> None:
     truth = backend.run("wpr_qk", q, k, 0.125, None, 2, 0.0)[0]
     for dtype in (torch.float32, torch.bfloat16):
         exact, allowed = (
-            backend.run("wpr_qk", q.to(dtype), k.to(dtype), 0.125, None, 2, 0.0, tf32)[0] for tf32 in (False, True)
+            backend.run("wpr_qk", q.to(dtype), k.to(dtype), 0.125, None, 2, 0.0, None, 0, tf32)[0]
+            for tf32 in (False, True)
         )
         rounded = dtype == torch.float32 and backend.name in ("cuda", "simt")
         assert torch.equal(exact, allowed) != rounded

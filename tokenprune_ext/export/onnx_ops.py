@@ -29,7 +29,9 @@ from .onnx_tokens import (
     nearest_token,
     peaks_match,
     quantile_gather,
+    take,
     topk_gather,
+    with_prefix,
 )
 
 Decompositions = dict[Any, Callable[..., Any]]
@@ -146,9 +148,19 @@ def _wpr_qk(
     start: Tensor | None = None,
     max_iters: int = 30,
     tol: float = 1e-6,
+    among: Tensor | None = None,
+    num_prefix: int = 0,
     allow_tf32: bool = False,
 ) -> Tensor:
+    if among is not None:
+        q, k = (_take_of_heads(part, with_prefix(among, num_prefix)) for part in (q, k))
     return _wpr(probabilities(q, k, scale), start, max_iters, tol)
+
+
+def _take_of_heads(x: Tensor, index: Tensor) -> Tensor:
+    """The rows ``index`` ``[B, K]`` of every head of ``x`` ``[B, H, N, d]``."""
+    heads = x.shape[1]
+    return take(x.transpose(1, 2).flatten(2), index).unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def _head_aggregate(scores: Tensor, vmin: float = 0.01, vmax: float = 0.7, num_prefix: int = 0) -> Tensor:

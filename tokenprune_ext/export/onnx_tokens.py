@@ -16,13 +16,13 @@ def ascending(index: Tensor, ordered: bool) -> Tensor:
     return index.to(torch.float32).topk(index.shape[1], 1, largest=False).values.to(index.dtype) if ordered else index
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
+def take(x: Tensor, index: Tensor) -> Tensor:
     """The rows ``index`` ``[B, K]`` of ``x`` ``[B, N, C]``."""
     first = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
     return torch.nn.functional.embedding(index + first, x.flatten(0, 1))
 
 
-def _with_prefix(kept: Tensor, num_prefix: int) -> Tensor:
+def with_prefix(kept: Tensor, num_prefix: int) -> Tensor:
     """The positions of the prefix tokens, and those in ``kept`` ``[B, K]``."""
     return torch.cat([torch.arange(num_prefix, device=kept.device).expand(kept.shape[0], -1), kept], 1)
 
@@ -41,10 +41,10 @@ def topk_gather(
     ranked, order = scores[:, num_prefix:].topk(patches if fused else keep, 1)
     order = order + num_prefix
     kept = ascending(order[:, :keep], ordered)
-    tokens = _take(x, _with_prefix(kept, num_prefix))
+    tokens = take(x, with_prefix(kept, num_prefix))
     if not fused:
         return tokens, kept
-    others = _take(x, order[:, keep:]).to(accumulate_dtype(x.dtype))
+    others = take(x, order[:, keep:]).to(accumulate_dtype(x.dtype))
     weights = ranked[:, keep:].to(others.dtype).unsqueeze(1)
     extra = others.mean(1, keepdim=True) if fuse == "mean" else weights @ others
     return torch.cat([tokens, extra.to(x.dtype)], 1), kept
@@ -64,7 +64,7 @@ def quantile_gather(
     kept = ascending((sampled * patches - place).topk(keep, 1).indices, ordered)
     sizes = pad(sampled.gather(1, kept), (num_prefix, 0), value=1.0)
     kept = kept + num_prefix
-    return _take(x, _with_prefix(kept, num_prefix)), kept, sizes, sizes.log().to(x.dtype)[:, None, None]
+    return take(x, with_prefix(kept, num_prefix)), kept, sizes, sizes.log().to(x.dtype)[:, None, None]
 
 
 def _rows(metric: Tensor, similarity: str) -> Tensor:
@@ -94,7 +94,7 @@ def peaks_match(
     if keep == patches:
         match = dropped
     else:  # 4 below: less than any cosine of a token that stays
-        match = (_take(pairs, dropped) - 4 * marked(dropped, patches, pairs.dtype).unsqueeze(1)).argmax(2)
+        match = (take(pairs, dropped) - 4 * marked(dropped, patches, pairs.dtype).unsqueeze(1)).argmax(2)
     return pad(score, (num_prefix, 0)), kept + num_prefix, dropped + num_prefix, match + num_prefix
 
 
@@ -121,7 +121,7 @@ def _groups(
     order = scores[:, num_prefix:].topk(patches, 1).indices
     upper, lower = order[:, :important], order[:, important:]
     a, b = (lower, upper) if partition == "unimportant" else (upper, lower)
-    return a, b, _take(metric, a), _take(metric, b)
+    return a, b, take(metric, a), take(metric, b)
 
 
 def bipartite_match(
@@ -152,8 +152,8 @@ def bipartite_match(
 def merge_tokens(
     x: Tensor, size: Tensor | None, kept: Tensor, dropped: Tensor, match: Tensor, num_prefix: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    stay = _with_prefix(kept, num_prefix)
-    own, given = (_take(x, index).to(accumulate_dtype(x.dtype)) for index in (stay, dropped))
+    stay = with_prefix(kept, num_prefix)
+    own, given = (take(x, index).to(accumulate_dtype(x.dtype)) for index in (stay, dropped))
     weight = (stay.unsqueeze(2) == match.unsqueeze(1)).to(own.dtype)  # [B, P, R]: what goes where
     if size is None:
         sizes = 1 + weight.sum(2)

@@ -111,18 +111,16 @@ class ZeroTPrune(ScoredMethod):
             return super().reduce(ctx, keep)
         rough = self.scores(ctx, iters=1) if stages.needs_scores(self.partition) else None
         similar, match, rest = stages.similar_tokens(ctx, rough, removed, self.partition, self.feature, self.metric)
-        among = self.scores(ctx, among=rest)
+        among = self.scores(ctx, among=rest)[:, ctx.num_prefix :]
+        # What S removed comes last. (Minus infinity, not NaN: run times of exported models do not agree where that is.)
+        scores = among.new_full(ctx.x.shape[:2], -torch.inf).scatter(1, rest, among)
 
-        def ranked() -> Tensor:  # what S removed has no score
-            unranked = among.new_full(ctx.x.shape[:2], torch.nan)
-            return unranked.scatter(1, rest, among[:, ctx.num_prefix :])
+        def ranked() -> Tensor:
+            return scores.masked_fill(scores == -torch.inf, torch.nan)
 
         if self.reduction == "drop":
-            _, places = ops.topk_gather(among.unsqueeze(2), among, keep, ctx.num_prefix)  # for the positions alone
-            kept = rest.gather(1, places - ctx.num_prefix)
-            return Reduced(ctx.take(ctx.x, kept), kept, scores=ranked)
-        kept, lost = (rest.gather(1, part - ctx.num_prefix) for part in split(among, keep, ctx.num_prefix))
-        dropped = torch.cat([similar, lost], 1).sort(1).values
+            return Reduced(*ops.topk_gather(ctx.x, scores, keep, ctx.num_prefix), scores=ranked)
+        kept, dropped = split(scores, keep, ctx.num_prefix)
         partner = positions(ctx).scatter(1, similar, match).gather(1, dropped)
         nearest = nearest_kept(ctx, kept).gather(1, partner)  # of a partner that was lost, with what went into it
         match = torch.where(nearest < 0, partner, nearest)

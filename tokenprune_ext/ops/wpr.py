@@ -14,8 +14,11 @@ from ._check import accumulate_dtype, check_attention, widened
 from ._define import define
 
 
-def check_iteration(name: str, of: Tensor, start: Tensor | None, max_iters: int, tol: float) -> None:
-    """The arguments of the iteration fit ``of``, ``[B, H, N, ...]``, which the messages call ``name``."""
+def check_iteration(
+    name: str, of: Tensor, start: Tensor | None, max_iters: int, tol: float, ranked: int | None = None
+) -> None:
+    """The arguments of the iteration fit ``of``, ``[B, H, N, ...]``, which the messages call ``name``; ``ranked`` when
+    only so many of its tokens take part."""
     check_int("max_iters", max_iters, 0)
     if not tol >= 0:
         raise ValueError(f"tol must be at least 0, got {tol}")
@@ -24,10 +27,12 @@ def check_iteration(name: str, of: Tensor, start: Tensor | None, max_iters: int,
     if not isinstance(start, Tensor):
         raise TypeError(f"start must be a torch.Tensor [N] or [B, H, N] or None, got {type(start).__name__}")
     batch, heads, tokens = of.shape[:3]
+    tokens = tokens if ranked is None else ranked
     if tuple(start.shape) not in ((tokens,), (batch, heads, tokens)):
+        some = "" if ranked is None else f", of which {ranked} tokens are ranked"
         raise ValueError(
-            f"start must have shape [{tokens}] or [{batch}, {heads}, {tokens}] to go with {name} {list(of.shape)}, "
-            f"got {list(start.shape)}"
+            f"start must have shape [{tokens}] or [{batch}, {heads}, {tokens}] to go with {name} {list(of.shape)}"
+            f"{some}, got {list(start.shape)}"
         )
     if start.dtype != accumulate_dtype(of.dtype):
         raise TypeError(f"start must be {accumulate_dtype(of.dtype)} for {name} of {of.dtype}, got {start.dtype}")

@@ -102,15 +102,15 @@ class AttentionContext:
         N is their number.
         """
         q, k, bias = self.q, self.k, self.bias
-        if among is not None:
-            places = self._places(among)
-            q, k = (_take_places(part, places, 2) for part in (q, k))
-            bias = None if bias is None else _take_places(bias, places, 3)
-            bias = _take_places(bias, places, 2) if bias is not None and _is_dense(bias) else bias
         if _is_dense(bias):
+            if among is not None:
+                places = self._places(among)
+                q, k = (_take_places(part, places, 2) for part in (q, k))
+                bias = _take_places(_take_places(bias, places, 3), places, 2)
             return ops.wpr(_attention(q, k, bias, self.scale, tau), start, iters, tol)
         q, k = _biased(q, k, bias, self.scale)
-        return ops.wpr_qk(q, k, self.scale / tau, start, iters, tol)
+        num_prefix = 0 if among is None else self.num_prefix
+        return ops.wpr_qk(q, k, self.scale / tau, start, iters, tol, among, num_prefix)
 
     def take(self, tensor: Tensor, kept: Tensor, dim: int = 1) -> Tensor:
         """The prefix tokens and the patch tokens at ``kept`` ``[B, K]``, of a tensor whose ``dim`` is the tokens."""

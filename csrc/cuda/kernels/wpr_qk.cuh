@@ -132,12 +132,13 @@ inline int64_t wpr_qk_workspace(const WprQkParams& params, bool fits) {
 
 template <bool kTf32, typename value_t, typename acc_t>
 cudaError_t launch_wpr_qk(const WprQkParams& params, bool fits, const value_t* q, const value_t* k, const acc_t* start,
+                          const int64_t* among,  // [batch, named], or null: all tokens
                           acc_t* workspace,
                           int* active,  // [matrices]; unused when matrices fit
                           acc_t* out, cudaStream_t stream) {
   const WprParams& wpr = params.wpr;
   if (wpr.matrices == 0) return cudaSuccess;
-  const auto in = qk::operands(params.qk, q, k);
+  const auto in = qk::operands(params.qk, q, k, {among, params.num_prefix, params.source_tokens});
   acc_t* lse = workspace;
   cudaError_t error = qk::launch_lse<kTf32>(in, 0, wpr.tokens, lse, stream);
   if (error != cudaSuccess) return error;
