@@ -21,12 +21,13 @@ Tensor wpr_qk_cuda(Tensor q, Tensor k, double scale, std::optional<Tensor> start
     Tensor workspace = torch::stable::new_empty(q, {wpr_qk_workspace(params, fits)}, dtype);
     Tensor active = torch::stable::new_empty(q, {fits ? 0 : params.wpr.matrices}, ScalarType::Int);
     const acc_t* first = start.has_value() ? data_ptr<acc_t>(*start) : nullptr;
+    Tensor rows = torch::stable::new_empty(q, {among.has_value() ? wpr_qk_rows(params) : 0});
     const int64_t* named = among.has_value() ? data_ptr<int64_t>(*among) : nullptr;
     with_tf32<scalar_t>(allow_tf32, [&](auto tf32) {
-      check_cuda(
-          launch_wpr_qk<tf32()>(params, fits, cuda_ptr<scalar_t>(q), cuda_ptr<scalar_t>(k), first, named,
-                                data_ptr<acc_t>(workspace), data_ptr<int>(active), data_ptr<acc_t>(out), scope.stream),
-          "wpr_qk");
+      check_cuda(launch_wpr_qk<tf32()>(params, fits, cuda_ptr<scalar_t>(q), cuda_ptr<scalar_t>(k), first, named,
+                                       cuda_ptr<scalar_t>(rows), data_ptr<acc_t>(workspace), data_ptr<int>(active),
+                                       data_ptr<acc_t>(out), scope.stream),
+                 "wpr_qk");
     });
   });
   return out;

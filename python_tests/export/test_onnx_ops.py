@@ -143,6 +143,9 @@ def test_merging(size):
 def test_torch_operators():
     check(aten.sort.stable, SCORES, stable=True, dim=1)
     check(aten.scatter.value, SCORES, 1, torch.tensor([[0, 3, 3]] * BATCH), 7.0)
+    positions = torch.tensor([[9, 2, 5]] * BATCH)
+    check(aten.scatter.src, SCORES * torch.inf, 1, positions, random(BATCH, 3))
+    assert IN_ORDER[aten.scatter.src](positions, 1, positions % 3, positions) is NotImplemented
     check(aten.cumsum.default, torch.tensor([[1, 0, 3, 1]]), 1)
     positions = torch.tensor([[5, 2, 9]])
     assert IN_ORDER[aten.sort.default](positions, 1)[0].tolist() == [[2, 5, 9]]

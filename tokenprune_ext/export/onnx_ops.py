@@ -61,6 +61,7 @@ def decompositions(ordered: bool) -> Decompositions:
         own.wpr_qk.default: _wpr_qk,
         aten.cumsum.default: _cumsum,
         aten.scaled_dot_product_attention.default: _attention,
+        aten.scatter.src: _scatter,
         aten.scatter.value: _mark,
         aten.sort.default: partial(_sort, ordered),
         aten.sort.stable: partial(_stable_sort, ordered),
@@ -85,6 +86,14 @@ def _mark(values: Tensor, dim: int, index: Tensor, value: float) -> Tensor:
     if values.dim() != 2 or dim not in (1, -1):
         return NotImplemented
     return torch.where(marked(index, values.shape[1], torch.float32) > 0, value, values)
+
+
+def _scatter(values: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """``scatter`` of finite floats into a matrix, none twice to one place."""
+    if values.dim() != 2 or dim not in (1, -1) or index.shape != source.shape or not source.is_floating_point():
+        return NotImplemented
+    hit = (index.unsqueeze(2) == torch.arange(values.shape[1], device=index.device)).to(source.dtype)
+    return torch.where(hit.amax(1) > 0, (source.unsqueeze(1) @ hit).squeeze(1), values)
 
 
 def _cumsum(values: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:

@@ -174,8 +174,9 @@ def wpr_qk(
         max_iters: at most this many iterations; 0 returns the start.
         tol: an image's head stops after the iteration that changes it by ``sum |s_t - s_(t-1)| <= tol * P``.
         among: positions of patch tokens, ``[B, K]`` int64, ascending, none twice: ranks as if these and the prefix
-            tokens were all there are, without a copy of their queries and keys. P = ``num_prefix`` + K tokens are
-            ranked then, the prefix tokens first; all P = N when None. K may be 0 when there are prefix tokens.
+            tokens were all there are. P = ``num_prefix`` + K tokens are ranked then, the prefix tokens first; all
+            P = N when None. K may be 0 when there are prefix tokens. A CPU reads their queries and keys where they
+            are, a GPU copies them in one launch.
         num_prefix: prefix tokens (class, distillation, registers) in front, which do not stand in ``among``; 0 without
             ``among``.
 

@@ -10,43 +10,26 @@
 namespace tokenprune {
 namespace qk {
 
-// Which tokens take part: all, or the first `prefix` of `bound` and those that are named.
-struct Subset {
-  const int64_t* named = nullptr;  // [batch, tokens - prefix], or null
-  int64_t prefix = 0;
-  int64_t bound = 0;
-};
-
 template <typename value_t>
 struct Operands {
   QkParams params;
   const value_t* q;
   const value_t* k;
   bool vectors;  // rows can be copied 16 bytes at a time
-  Subset subset;
 
   __device__ tile::Rows<value_t> queries(int64_t image, int64_t head, int64_t end) const {
-    return {q + params.q_offset(image, head), params.q_token_stride, end, named(image), subset.prefix, subset.bound};
+    return {q + params.q_offset(image, head), params.q_token_stride, end};
   }
   __device__ tile::Rows<value_t> keys(int64_t image, int64_t head) const {
-    return {k + params.k_offset(image, head),
-            params.k_token_stride,
-            params.tokens,
-            named(image),
-            subset.prefix,
-            subset.bound};
-  }
-  __device__ const int64_t* named(int64_t image) const {
-    return subset.named ? subset.named + image * (params.tokens - subset.prefix) : nullptr;
+    return {k + params.k_offset(image, head), params.k_token_stride, params.tokens};
   }
 };
 
 template <typename value_t>
-Operands<value_t> operands(const QkParams& p, const value_t* q, const value_t* k, const Subset& subset = {}) {
+Operands<value_t> operands(const QkParams& p, const value_t* q, const value_t* k) {
   return {p, q, k,
           can_copy_vectors(q, {p.channels, p.q_batch_stride, p.q_head_stride, p.q_token_stride}) &&
-              can_copy_vectors(k, {p.channels, p.k_batch_stride, p.k_head_stride, p.k_token_stride}),
-          subset};
+              can_copy_vectors(k, {p.channels, p.k_batch_stride, p.k_head_stride, p.k_token_stride})};
 }
 
 __device__ inline float exponential(float x) { return fast_exp2(x * 1.44269504f); }

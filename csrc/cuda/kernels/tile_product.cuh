@@ -13,27 +13,12 @@ constexpr int kThreads = 128;  // of a block, or a multiple of it: then several 
 constexpr int kWarpRows = 16;
 constexpr int kRowWarps = kRows / kWarpRows;
 
-// `count` rows of numbers side by side, `stride` numbers apart: all of them or, from `prefix` on, those that `named`
-// says. Positions are data, and the host does not wait to see them: one outside of the `bound` rows there are is a row
-// of zeros.
+// `count` rows of numbers side by side, `stride` numbers apart.
 template <typename value_t>
 struct Rows {
   const value_t* data;
   int64_t stride;
   int64_t count;
-  const int64_t* named = nullptr;
-  int64_t prefix = 0;
-  int64_t bound = 0;
-
-  // Where row r begins; null where there is none.
-  __device__ const value_t* at(int64_t r) const {
-    if (r >= count) return nullptr;
-    if (named && r >= prefix) {
-      r = named[r - prefix];
-      if (r < 0 || r >= bound) return nullptr;
-    }
-    return data + r * stride;
-  }
 };
 
 // A warp's part of the result: 16 rows and kBlockThreads / 128 parts of the 64 columns, in groups of 8. With g = lane /
@@ -87,17 +72,17 @@ __device__ void stage(value_t* staged, const Rows<value_t>& rows, int64_t first,
     for (int i = threadIdx.x; i < kRows * copies; i += kBlockThreads) {
       const int row = i / copies;
       const int c = i % copies * kPerCopy;
-      const value_t* from = rows.at(first + row);
-      const bool valid = from && begin + c < channels;
-      cp_async_16(staged + row * kStride<value_t> + c, valid ? from + begin + c : rows.data, valid);
+      const bool valid = first + row < rows.count && begin + c < channels;
+      const value_t* from = valid ? rows.data + (first + row) * rows.stride + begin + c : rows.data;
+      cp_async_16(staged + row * kStride<value_t> + c, from, valid);
     }
   } else {
     for (int i = threadIdx.x; i < kRows * padded; i += kBlockThreads) {
       const int row = i / padded;
       const int c = i % padded;
-      const value_t* from = rows.at(first + row);
-      const bool valid = from && begin + c < channels;
-      staged[row * kStride<value_t> + c] = valid ? from[begin + c] : static_cast<value_t>(0.0f);
+      const bool valid = first + row < rows.count && begin + c < channels;
+      staged[row * kStride<value_t> + c] =
+          valid ? rows.data[(first + row) * rows.stride + begin + c] : static_cast<value_t>(0.0f);
     }
   }
 }

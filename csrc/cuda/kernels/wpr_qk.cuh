@@ -1,6 +1,8 @@
 // Weighted page rank from queries and keys. A matrix that fits is formed in the shared memory of one multiprocessor and
 // iterated there (resident_kernel). For more tokens every iteration forms the products again, spread over the whole
-// device: two launches an iteration, which leave out the heads that have converged.
+// device: two launches an iteration, which leave out the heads that have converged. Where only some tokens are ranked,
+// take_kernel lays their rows side by side first: tiles of rows are read again and again, and a kernel that forms
+// products has no registers left for looking rows up.
 #pragma once
 
 #include "../../ops/wpr_qk_params.h"
@@ -82,8 +84,66 @@ __global__ void __launch_bounds__(wpr::kThreads, 1) resident_kernel(qk::Operands
   wpr::iterate<resident_t, acc_t>(params, attn, scratch, row_scale, start, out + matrix * n);
 }
 
-// ---- Formed again in every iteration ----
 constexpr int kThreads = 256;
+
+// ---- Some of the tokens ----
+// Queries, then keys, of the tokens that are ranked; a thread copies one unit. Strides and channels count units.
+// Positions are data, and the host does not wait to see them: the rows of a token that does not exist are zeros.
+template <typename unit_t>
+__global__ void __launch_bounds__(kThreads) take_kernel(WprQkParams params, const unit_t* q, const unit_t* k,
+                                                        const int64_t* among,  // [batch, named]
+                                                        unit_t* rows) {        // [2, batch, heads, tokens, channels]
+  const QkParams& p = params.qk;
+  const int64_t half = p.batch * p.heads * p.tokens * p.channels;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= 2 * half) return;
+  const bool key = i >= half;
+  const int64_t row = (key ? i - half : i) / p.channels;
+  const int64_t place = row % p.tokens, matrix = row / p.tokens;
+  const int64_t image = matrix / p.heads, head = matrix % p.heads;
+  const int64_t token = place < params.num_prefix ? place : among[image * params.named() + place - params.num_prefix];
+  unit_t unit = {};
+  if (0 <= token && token < params.source_tokens) {
+    const unit_t* from = key ? k + p.k_offset(image, head) + token * p.k_token_stride
+                             : q + p.q_offset(image, head) + token * p.q_token_stride;
+    unit = from[i % p.channels];
+  }
+  rows[i] = unit;
+}
+
+template <typename unit_t, typename value_t>
+cudaError_t launch_take(WprQkParams params, const value_t* q, const value_t* k, const int64_t* among, value_t* rows,
+                        cudaStream_t stream) {
+  constexpr int64_t kValues = static_cast<int64_t>(sizeof(unit_t) / sizeof(value_t));
+  QkParams& p = params.qk;
+  for (int64_t* count : {&p.channels, &p.q_batch_stride, &p.q_head_stride, &p.q_token_stride, &p.k_batch_stride,
+                         &p.k_head_stride, &p.k_token_stride}) {
+    *count /= kValues;
+  }
+  const int64_t units = 2 * p.batch * p.heads * p.tokens * p.channels;
+  return launch(take_kernel<unit_t>, static_cast<unsigned>(ceil_div<int64_t>(units, kThreads)), kThreads, 0, stream,
+                params, reinterpret_cast<const unit_t*>(q), reinterpret_cast<const unit_t*>(k), among,
+                reinterpret_cast<unit_t*>(rows));
+}
+
+// The operands of the tokens at `among`, or of all where it is null. Moves 16 bytes a thread where rows and pointers
+// are aligned to that, else single values.
+template <typename value_t>
+cudaError_t take(const WprQkParams& params, const value_t* q, const value_t* k, const int64_t* among, value_t* rows,
+                 cudaStream_t stream, qk::Operands<value_t>* in) {
+  *in = qk::operands(params.qk, q, k);
+  if (!among) return cudaSuccess;
+  const cudaError_t error = in->vectors ? launch_take<uint4>(params, q, k, among, rows, stream)
+                                        : launch_take<value_t>(params, q, k, among, rows, stream);
+  QkParams taken = params.qk;
+  taken.q_token_stride = taken.k_token_stride = taken.channels;
+  taken.q_head_stride = taken.k_head_stride = taken.tokens * taken.channels;
+  taken.q_batch_stride = taken.k_batch_stride = taken.heads * taken.q_head_stride;
+  *in = qk::operands<value_t>(taken, rows, rows + taken.batch * taken.q_batch_stride);
+  return error;
+}
+
+// ---- Formed again in every iteration ----
 
 template <typename acc_t>
 __global__ void __launch_bounds__(kThreads) start_kernel(WprParams params, const acc_t* start,
@@ -130,17 +190,25 @@ inline int64_t wpr_qk_workspace(const WprQkParams& params, bool fits) {
   return params.wpr.matrices * params.qk.tokens * (1 + (fits ? 0 : qk::row_tiles(0, params.qk.tokens)));
 }
 
+// Numbers that a copy of the ranked tokens' queries and keys takes.
+inline int64_t wpr_qk_rows(const WprQkParams& params) {
+  return 2 * params.wpr.matrices * params.qk.tokens * params.qk.channels;
+}
+
 template <bool kTf32, typename value_t, typename acc_t>
 cudaError_t launch_wpr_qk(const WprQkParams& params, bool fits, const value_t* q, const value_t* k, const acc_t* start,
                           const int64_t* among,  // [batch, named], or null: all tokens
+                          value_t* rows,         // of wpr_qk_rows; unused when all tokens are ranked
                           acc_t* workspace,
                           int* active,  // [matrices]; unused when matrices fit
                           acc_t* out, cudaStream_t stream) {
   const WprParams& wpr = params.wpr;
   if (wpr.matrices == 0) return cudaSuccess;
-  const auto in = qk::operands(params.qk, q, k, {among, params.num_prefix, params.source_tokens});
+  qk::Operands<value_t> in;
+  cudaError_t error = wpr_qk::take(params, q, k, among, rows, stream, &in);
+  if (error != cudaSuccess) return error;
   acc_t* lse = workspace;
-  cudaError_t error = qk::launch_lse<kTf32>(in, 0, wpr.tokens, lse, stream);
+  error = qk::launch_lse<kTf32>(in, 0, wpr.tokens, lse, stream);
   if (error != cudaSuccess) return error;
   const auto matrices = static_cast<unsigned>(wpr.matrices);
   if (fits) {
