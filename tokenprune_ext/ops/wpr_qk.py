@@ -62,7 +62,7 @@ def _check_positions(among: Tensor, tokens: int, num_prefix: int) -> None:
         raise RuntimeError(f"among must hold ascending positions in {num_prefix}..{tokens - 1} (patch tokens)")
 
 
-def ranked_tokens(q: Tensor, among: Tensor, num_prefix: int) -> Tensor:
+def _index(q: Tensor, among: Tensor, num_prefix: int) -> Tensor:
     """Positions of the tokens that take part, as an index along the tokens of ``q``: ``[B, H, P, d]``."""
     batch, heads, _, channels = q.shape
     prefix = torch.arange(num_prefix, device=among.device).expand(batch, -1)
@@ -84,7 +84,7 @@ def reference(
     _check(q, k, scale, start, max_iters, tol, among, num_prefix)
     if among is not None:
         _check_positions(among, q.shape[2], num_prefix)
-        index = ranked_tokens(q, among, num_prefix)
+        index = _index(q, among, num_prefix)
         q, k = q.gather(2, index), k.gather(2, index)
     return wpr_reference(probabilities(q, k, scale), start, max_iters, tol)
 
@@ -115,7 +115,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, start, among = ctx.saved_tensors
     tokens, index = q.shape[2], None
     if among is not None:
-        index = ranked_tokens(q, among, ctx.num_prefix)
+        index = _index(q, among, ctx.num_prefix)
         # One row of zeros more: positions that CUDA lets pass are looked up there.
         index = torch.where((index >= 0) & (index < tokens), index, tokens)
         q, k = (pad(part, (0, 0, 0, 1)).gather(2, index) for part in (q, k))
