@@ -22,6 +22,7 @@ def operator_calls(device: str, dtype: torch.dtype = torch.float32) -> dict[str,
     match = torch.tensor([[5, 2, 5], [3, 3, 3]], device=device)
     rank = scores.argsort(1).argsort(1)
     q, k = (torch.randn(2, 3, 33, 16, device=device).to(dtype) for _ in range(2))
+    among = torch.arange(2, 33, device=device).repeat(2, 1)
     start = torch.ones(33, device=device, dtype=torch.promote_types(dtype, torch.float32))
     return {
         "wpr": (attn, start, 5, 1e-6),
@@ -33,7 +34,7 @@ def operator_calls(device: str, dtype: torch.dtype = torch.float32) -> dict[str,
         "quantile_gather": (x, scores, 10, 1),
         "merge_tokens": (x, scores.to(start.dtype), kept, dropped, match, 1),
         "attn_colsum_qk": (q, k, 0.25, "max", "patch", 1),
-        "wpr_qk": (q, k, 0.25, start, 5, 1e-6),
+        "wpr_qk": (q, k, 0.25, start[:32], 5, 1e-6, among, 1),
         "nearest_token": (x, rank, 1),
         "peaks_match": (x, scores.to(start.dtype), 10, 1, 2.0),
         "bipartite_match": (q, scores, 10, 1, "unimportant"),

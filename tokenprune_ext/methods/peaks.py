@@ -13,7 +13,7 @@ from tokenprune_ext.checks import check_bool, check_choice
 from tokenprune_ext.patch.context import AttentionContext, Reduced
 from tokenprune_ext.patch.host import Host
 
-from .base import check_number, register
+from .base import check_number, register, scaled_layers
 from .scored import ScoredMethod, merge_into
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ class Peaks(ScoredMethod):
             raise ValueError(f"importance='class' needs a class token, and {host.model} has none")
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
-        """Blocks 3 to 10 of 12: every block but the first quarter and the last."""
-        return tuple(range(depth // 4, max(depth * 11 // 12, depth // 4 + 1)))
+        """Blocks 3, 4, 5, 6 and 8 of 12: where an early choice saves most, and few, since each costs time itself."""
+        return scaled_layers((3, 4, 5, 6, 8), depth)
 
     def scores(self, ctx: AttentionContext) -> Tensor:
         """Score ``[B, N]``, float32 (float64 for float64)."""
