@@ -14,7 +14,7 @@
 namespace tokenprune {
 namespace {
 
-constexpr int64_t kGrain = 128 * 1024;  // numbers a thread should have to read before another one is worth waking
+constexpr int64_t kGrain = 48 * 1024;  // numbers a thread should have to read before another one is worth waking
 
 // dots[t] = the sum over n channels of a[t * a_stride + c] * b[t * b_stride + c], for kTokens tokens at a time: their
 // sums are independent, and so are the reads of their rows.
