@@ -15,12 +15,14 @@ namespace tokenprune {
 
 constexpr int64_t kQueryBlock = 32;  // queries whose rows are formed together
 
-// x becomes e^x in every lane, for x up to 88: 2^n e^r, with a polynomial for e^r on [-ln(2) / 2, ln(2) / 2]. In
-// float32 within one unit in the last place, and 0 where n would be -127, as it is at kLowest; NaN for NaN.
+// x becomes e^x in every lane: 2^n e^r, with a polynomial for e^r on [-ln(2) / 2, ln(2) / 2]. In float32 within one
+// unit in the last place, 0 where n would be -127, as it is at kLowest, and infinity where it would be 128, as at
+// kHighest; NaN for NaN.
 constexpr float kLowest = -88.0f;
+constexpr float kHighest = 89.0f;
 
 template <typename vector_t>
-[[gnu::always_inline]] inline void vector_exp(vector_t& x, const vector_t& lowest) {
+[[gnu::always_inline]] inline void vector_exp(vector_t& x, const vector_t& lowest, const vector_t& highest) {
   using lane_t = std::remove_cvref_t<decltype(x[0])>;
   if constexpr (sizeof(lane_t) == 8) {
     for (size_t l = 0; l < sizeof(vector_t) / sizeof(lane_t); ++l) x[l] = std::exp(x[l]);
@@ -28,6 +30,7 @@ template <typename vector_t>
     using bits_t = decltype(x < x);
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     Larger::join(x, lowest);
+    Lower::join(x, highest);
     const vector_t shifted = x * 1.44269504f + kRound;
     const vector_t n = shifted - kRound;
     const vector_t r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2) in two parts, the first product exact
@@ -50,15 +53,15 @@ constexpr int64_t padded_row(int64_t n) { return (n + kRowLanes - 1) / kRowLanes
 template <int kBytes, typename acc_t>
 [[gnu::always_inline]] inline acc_t exp_in_vectors(const acc_t* row, int64_t width, acc_t shift, acc_t* terms) {
   using Vectors = VectorsOf<kBytes, acc_t>;
-  acc_t least = kLowest;
-  asm("" : "+m"(least));  // with a constant, GCC compares and selects in two instructions
-  const auto lowest = typename Vectors::type{} + least;
+  acc_t least = kLowest, most = kHighest;
+  asm("" : "+m"(least), "+m"(most));  // with constants, GCC compares and selects in two instructions each
+  const auto lowest = typename Vectors::type{} + least, highest = typename Vectors::type{} + most;
   typename Vectors::type sum = {};
   for (int64_t k = 0; k < width; k += Vectors::kLanes) {
     typename Vectors::type term;
     Vectors::load(row + k, term);
     term -= shift;
-    vector_exp(term, lowest);
+    vector_exp(term, lowest, highest);
     *reinterpret_cast<typename Vectors::type*>(terms + k) = term;
     sum += term;
   }

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -110,6 +111,14 @@ def test_views_of_packed_qkv(backend: Backend) -> None:
     (result,) = backend.run("attn_colsum_qk", q, k, 0.25, "max", "patch", 1)
     (expected,) = backend.run("attn_colsum_qk", q.contiguous(), k.contiguous(), 0.25, "max", "patch", 1)
     assert torch.equal(result, expected)
+
+
+def test_a_wrong_lse_overflows(device: str) -> None:
+    """Terms beyond the largest float are infinite, as the reference's are, and tiny ones are zero."""
+    q, k = (torch.randn(1, 2, 9, 16, device=device) for _ in range(2))
+    for shift, expected in ((-500.0, math.inf), (-100.0, math.inf), (500.0, 0.0)):
+        found = ops.attn_colsum_qk(q, k, 0.25, lse=row_lse(q, k, 0.25) + shift)
+        assert (found == expected).all(), shift
 
 
 @pytest.mark.parametrize("reduce", REDUCE)
