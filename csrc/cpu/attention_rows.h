@@ -82,17 +82,19 @@ acc_t exp_row(acc_t* row, int64_t n, acc_t shift, acc_t* terms) {
   return sum;
 }
 
-// The same with the largest number of the row as `shift`, which comes back. Where all are minus infinity or NaN, the
-// subtraction makes NaN of them, as softmax does.
+// The same for `count` rows, `stride` apart as their terms are, each with its largest number as shift. All of those
+// come first, so that no row's terms wait for its own. Where all are minus infinity or NaN, the subtraction makes NaN
+// of them, as softmax does.
 template <typename acc_t>
-acc_t softmax_terms(acc_t* row, int64_t n, acc_t* shift, acc_t* terms) {
-  pad_row(row, n);
-  acc_t sum = 0;
+void softmax_terms(acc_t* rows, int64_t count, int64_t stride, int64_t n, acc_t* shifts, acc_t* terms, acc_t* sums) {
+  for (int64_t r = 0; r < count; ++r) pad_row(rows + r * stride, n);
   with_vectors([&](auto bytes) __attribute__((always_inline)) {
-    *shift = largest_of<bytes()>(row, padded_row(n));
-    sum = exp_in_vectors<bytes()>(row, padded_row(n), *shift, terms);
+    const int64_t width = padded_row(n);
+    for (int64_t r = 0; r < count; ++r) shifts[r] = largest_of<bytes()>(rows + r * stride, width);
+    for (int64_t r = 0; r < count; ++r) {
+      sums[r] = exp_in_vectors<bytes()>(rows + r * stride, width, shifts[r], terms + r * stride);
+    }
   });
-  return sum;
 }
 
 // The logits of a block of queries of one head, and the buffers for them; one object a thread.
@@ -108,10 +110,7 @@ class AttentionRows {
   // Logits of the queries first .. first + count - 1 against all keys, which `panels` holds.
   void form(const TokenRows<value_t>& q, const acc_t* panels, int64_t first, int64_t count) {
     const int64_t d = params_.channels;
-    for (int64_t r = 0; r < count; ++r) {
-      const value_t* from = q[first + r];
-      for (int64_t c = 0; c < d; ++c) queries_[r * d + c] = static_cast<acc_t>(from[c]);
-    }
+    for (int64_t r = 0; r < count; ++r) std::copy_n(q[first + r], d, queries_.data() + r * d);
     dot_block({queries_.data(), d}, count, panels, d, params_.tokens, static_cast<acc_t>(params_.scale), rows_.data(),
               stride_);
   }

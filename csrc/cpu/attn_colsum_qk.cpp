@@ -85,13 +85,11 @@ class ColumnSums {
     const int64_t n = qk_.tokens;
     rows.form({q_ + qk_.q_offset(image, h), qk_.q_token_stride}, panels_.data() + (slot * qk_.heads + h) * panel_,
               first, count);
+    acc_t shifts[kQueryBlock], sums[kQueryBlock];
+    if (!lse_) softmax_terms(rows.row(0), count, rows.stride(), n, shifts, rows.row(0), sums);
     for (int64_t r = 0; r < count; ++r) {
-      acc_t factor = 1, shift = 0;
-      if (lse_) {
-        exp_row(rows.row(r), n, lse_[(image * qk_.heads + h) * n + first + r], rows.row(r));
-      } else {
-        factor = acc_t(1) / softmax_terms(rows.row(r), n, &shift, rows.row(r));
-      }
+      if (lse_) exp_row(rows.row(r), n, lse_[(image * qk_.heads + h) * n + first + r], rows.row(r));
+      const acc_t factor = lse_ ? acc_t(1) : acc_t(1) / sums[r];
       join_head(rows.row(r), n, factor, colsum_.head_reduce == HeadReduce::kMax, h == 0, reduced + r * rows.stride());
     }
   }

@@ -74,8 +74,8 @@ template <int kTokens, int kBytes, typename value_t, typename acc_t>
 template <typename value_t, typename acc_t>
 void weigh_row(const value_t* bias, const acc_t* lengths, int64_t n, acc_t* terms, acc_t* row) {
   for (int64_t i = 0; i < n; ++i) terms[i] = row[i] + (bias ? static_cast<acc_t>(bias[i]) : acc_t(0));
-  acc_t largest = 0;
-  const acc_t sum = softmax_terms(terms, n, &largest, terms);
+  acc_t largest = 0, sum = 0;
+  softmax_terms(terms, 1, 0, n, &largest, terms, &sum);
   for (int64_t i = 0; i < n; ++i) row[i] = terms[i] / sum * (lengths ? lengths[i] : acc_t(1));
 }
 

@@ -124,17 +124,21 @@ template <int kRows, int kHalves, typename acc_t>
   }
 }
 
-// The same for the first n columns of all panels, rounded up to half a panel.
+// The same for any number of rows, kRows at a time, and the first n columns of all panels, both rounded up: columns to
+// half a panel. All rows pass by a panel while it is in the first-level cache.
 template <int kRows, typename acc_t>
-TOKENPRUNE_MULTIVERSION void dot_rows(const acc_t* __restrict__ rows, int64_t row_stride, int64_t channel_stride,
-                                      const acc_t* __restrict__ panels, int64_t d, int64_t n, acc_t factor,
-                                      acc_t* __restrict__ out, int64_t out_stride) {
+TOKENPRUNE_MULTIVERSION void dot_rows(const Rows<acc_t>& rows, int64_t num_rows, const acc_t* __restrict__ panels,
+                                      int64_t d, int64_t n, acc_t factor, acc_t* __restrict__ out, int64_t out_stride) {
   constexpr int64_t kWidth = panel_width<acc_t>();
+  const auto pass = [&](auto halves, int64_t first) __attribute__((always_inline)) {
+    for (int64_t r = 0; r < num_rows; r += kRows) {
+      dot_panel<kRows, halves()>(rows.data + r * rows.row_stride, rows.row_stride, rows.channel_stride,
+                                 panels + first * d, d, factor, out + r * out_stride + first, out_stride);
+    }
+  };
   int64_t first = 0;
-  for (; first + kWidth / 2 < n; first += kWidth, panels += kWidth * d) {
-    dot_panel<kRows, 2>(rows, row_stride, channel_stride, panels, d, factor, out + first, out_stride);
-  }
-  if (first < n) dot_panel<kRows, 1>(rows, row_stride, channel_stride, panels, d, factor, out + first, out_stride);
+  for (; first + kWidth / 2 < n; first += kWidth) pass(std::integral_constant<int, 2>(), first);
+  if (first < n) pass(std::integral_constant<int, 1>(), first);
 }
 
 // Rows whose sums fit the registers together.
@@ -145,18 +149,12 @@ inline int64_t rows_at_once() {
   return 4;
 }
 
-// The same for any number of rows, rounded up to as many as are taken at once: there has to be room for them.
+// The same with as many rows at a time as have room for their sums in the registers.
 template <typename acc_t>
 void dot_block(const Rows<acc_t>& rows, int64_t num_rows, const acc_t* panels, int64_t d, int64_t n, acc_t factor,
                acc_t* out, int64_t out_stride) {
-  const auto run = [&](auto count) {
-    for (int64_t r = 0; r < num_rows; r += count()) {
-      dot_rows<count()>(rows.data + r * rows.row_stride, rows.row_stride, rows.channel_stride, panels, d, n, factor,
-                        out + r * out_stride, out_stride);
-    }
-  };
-  if (rows_at_once() >= 8) return run(std::integral_constant<int, 8>());
-  run(std::integral_constant<int, 4>());
+  if (rows_at_once() >= 8) return dot_rows<8>(rows, num_rows, panels, d, n, factor, out, out_stride);
+  dot_rows<4>(rows, num_rows, panels, d, n, factor, out, out_stride);
 }
 
 }  // namespace tokenprune

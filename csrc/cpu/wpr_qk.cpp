@@ -65,6 +65,7 @@ void iterate_small(const Matrices<value_t, acc_t>& work, int64_t begin, int64_t 
   const bool once = work.params.wpr.max_iters == 1;
   AttentionRows<value_t, acc_t> rows(qk);
   std::vector<acc_t> panels(stride * qk.channels), next(n), partial(n), sums(n), weights(kQueryBlock);
+  acc_t shifts[kQueryBlock];
   const std::unique_ptr<acc_t[]> matrix(once ? nullptr : new acc_t[n * stride]);
   const auto add_block = [&](const acc_t* terms, int64_t first, int64_t count, const acc_t* from, acc_t* to) {
     for (int64_t r = 0; r < count; ++r) weights[r] = from[first + r] / sums[first + r];
@@ -80,13 +81,10 @@ void iterate_small(const Matrices<value_t, acc_t>& work, int64_t begin, int64_t 
       const int64_t count = std::min(kQueryBlock, n - first);
       const int64_t following = std::min(kQueryBlock, n - first - count);
       prefetch(work.queries(m), first + count, following, qk.channels);
-      if (m + 1 < end) prefetch(work.keys(m + 1), first, count, qk.channels);
       rows.form(work.queries(m), panels.data(), first, count);
+      if (m + 1 < end) prefetch(work.keys(m + 1), first, count, qk.channels);
       acc_t* terms = once ? rows.row(0) : matrix.get() + first * stride;
-      for (int64_t r = 0; r < count; ++r) {
-        acc_t largest = 0;
-        sums[first + r] = softmax_terms(rows.row(r), n, &largest, terms + r * stride);
-      }
+      softmax_terms(rows.row(0), count, stride, n, shifts, terms, sums.data() + first);
       if (once) add_block(terms, first, count, s, next.data());
     }
     if (once) {
@@ -121,11 +119,11 @@ void iterate_large(const Matrices<value_t, acc_t>& work, int64_t m) {
   each_block([&](int64_t, int64_t first, int64_t count) {
     AttentionRows<value_t, acc_t> rows(qk);
     rows.form(work.queries(m), panels.data(), first, count);
+    acc_t shifts[kQueryBlock], sums[kQueryBlock];
+    softmax_terms(rows.row(0), count, stride, n, shifts, rows.row(0), sums);
     for (int64_t r = 0; r < count; ++r) {
-      acc_t shift = 0;
-      const acc_t sum = softmax_terms(rows.row(r), n, &shift, rows.row(r));
-      row_sums[first + r] = shift + std::log(sum);
-      if (held) scale_row(rows.row(r), n, acc_t(1) / sum, matrix.data() + (first + r) * stride);
+      row_sums[first + r] = shifts[r] + std::log(sums[r]);
+      if (held) scale_row(rows.row(r), n, acc_t(1) / sums[r], matrix.data() + (first + r) * stride);
     }
   });
   acc_t* s = work.scores + m * n;
