@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from harness import Case, main
+from harness import READ, Case, main
 from shapes import attention_shapes
 
 from tokenprune_ext import ops
@@ -26,6 +26,7 @@ def cases(device: str) -> Iterator[Case]:
                         "kernel": lambda args=args: ops.attn_colsum(*args),
                         "reference": lambda args=args: reference(*args),
                     },
+                    baselines={READ: lambda attn=attn: attn.sum()},
                     bytes_moved=attn.numel() * attn.element_size() + batch * tokens * 4,
                     device=device,
                 )

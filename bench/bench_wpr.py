@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from harness import Case, main
+from harness import READ, Case, main
 from shapes import attention_shapes
 
 from tokenprune_ext import ops
@@ -28,6 +28,7 @@ def cases(device: str) -> Iterator[Case]:
                         "kernel": lambda attn=attn, iters=iters: ops.wpr(attn, None, iters, 0.0),
                         "reference": lambda attn=attn, iters=iters: reference(attn, None, iters, 0.0),
                     },
+                    baselines={READ: lambda attn=attn: attn.sum()},
                     bytes_moved=attn.numel() * attn.element_size() + attn[..., 0].numel() * 4,
                     device=device,
                 )

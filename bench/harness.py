@@ -28,6 +28,7 @@ from tokenprune_ext.latency import quantile, time_in_turns
 
 KERNEL = "kernel"
 GRAPH = "kernel, CUDA graph"
+READ = "torch.sum"  # a baseline: the input is read once, and nothing else
 
 
 @dataclass(frozen=True)

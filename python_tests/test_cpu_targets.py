@@ -52,6 +52,22 @@ def test_what_holds(targets: ModuleType, op: str, target: float) -> None:
     assert (holds(target - 0.001), holds(target)) == ("NO", "yes")
 
 
+@pytest.mark.parametrize("op", ["attn_colsum", "wpr"])
+def test_reading_is_timed_where_the_input_is_much(
+    targets: ModuleType, one_head: set[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, op: str
+) -> None:
+    floors = importlib.import_module("floors")
+    harness = importlib.import_module("harness")
+    monkeypatch.setattr(harness, "rates", lambda device, dtype: floors.Rates(1e9, 1e9))
+    case = next(targets.cases(op, torch.float32))
+    records = {record["variant"]: record for record in harness.measure(case, 0.0)}
+    assert "floor_s" not in records[harness.READ]  # it computes something else
+    records[harness.READ]["ratio"] = 0.8  # of the kernel's time
+    assert targets.row(list(records.values()), 2)[5] == "1.25"
+    del records[harness.READ]
+    assert targets.row(list(records.values()), 2)[5] == ""
+
+
 def test_command(
     targets: ModuleType, one_head: set[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ class TestWprQk(OpMatrix):
     op = "wpr_qk"
 
     def samples(self) -> Iterator[Sample]:
-        generator = torch.Generator().manual_seed(0)  # of other starts, one in twenty is off by more after 30 iterations
+        generator = torch.Generator().manual_seed(0)  # one start in twenty is off by more after 30 iterations
         for tokens in TOKENS:
             q, k = queries_and_keys(*sizes(tokens), tokens, 64, tokens)
             each = torch.rand(q.shape[:3], dtype=torch.float64, generator=generator) + 0.5
