@@ -14,9 +14,9 @@ namespace tokenprune {
 namespace {
 
 // A matrix up to kThreadBytes is formed once, in the cache of the thread that iterates it. Larger ones are taken one at
-// a time by all threads together: held up to kHeldBytes, formed again block by block in every iteration beyond.
+// a time by all threads together: kHeldBytes are held, what is more is formed again in every iteration.
 constexpr int64_t kThreadBytes = 2 << 20;
-constexpr int64_t kHeldBytes = 32 << 20;
+constexpr int64_t kHeldBytes = 48 << 20;
 
 template <typename value_t, typename acc_t>
 struct Matrices {
@@ -37,14 +37,12 @@ struct Matrices {
   }
   const int64_t* taken_of(int64_t image) const { return taken ? taken + image * params.qk.tokens : nullptr; }
   int64_t stride() const { return padded_columns<acc_t>(params.qk.tokens); }
-  int64_t blocks() const { return (params.qk.tokens + kQueryBlock - 1) / kQueryBlock; }
-  int64_t matrix_bytes() const { return params.qk.tokens * stride() * static_cast<int64_t>(sizeof(acc_t)); }
+  int64_t bytes_of(int64_t rows) const { return rows * stride() * static_cast<int64_t>(sizeof(acc_t)); }
 };
 
 template <typename acc_t>
-TOKENPRUNE_MULTIVERSION void scale_row(const acc_t* __restrict__ row, int64_t n, acc_t factor,
-                                       acc_t* __restrict__ out) {
-  for (int64_t k = 0; k < n; ++k) out[k] = row[k] * factor;
+TOKENPRUNE_MULTIVERSION void scale_row(acc_t* row, int64_t n, acc_t factor) {
+  for (int64_t k = 0; k < n; ++k) row[k] *= factor;
 }
 
 // Queries and keys of a head lie a page apart from token to token, which no processor foresees.
@@ -100,49 +98,81 @@ void iterate_small(const Matrices<value_t, acc_t>& work, int64_t begin, int64_t 
   }
 }
 
-// One matrix by all threads. A first pass over the blocks of queries keeps their probabilities or, when those are too
-// many, the logarithm of every row's sum. Each step sums every block, weighted by the scores, and adds the sums up in
-// order.
+// All matrices one after the other, each by all threads. A step sums every block of queries, weighted by the scores,
+// and adds the sums up in order. The first one keeps the probabilities of as many blocks as may be held, and the
+// logarithms of all rows' sums, with which the other blocks are formed again.
 template <typename value_t, typename acc_t>
-void iterate_large(const Matrices<value_t, acc_t>& work, int64_t m) {
-  const QkParams& qk = work.params.qk;
-  const int64_t n = qk.tokens, stride = work.stride(), blocks = work.blocks();
-  const bool held = work.matrix_bytes() <= kHeldBytes;
-  std::vector<acc_t> panels(stride * qk.channels), partial(blocks * n), next(n);
-  std::vector<acc_t> matrix(held ? n * stride : 0), row_sums(n);
-  pack_columns(work.keys(m), n, qk.channels, panels.data());
-  const auto each_block = [&](const auto& visit) {  // visit(block, its first query, how many)
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) visit(b, b * kQueryBlock, std::min(kQueryBlock, n - b * kQueryBlock));
-    });
-  };
-  each_block([&](int64_t, int64_t first, int64_t count) {
-    AttentionRows<value_t, acc_t> rows(qk);
-    rows.form(work.queries(m), panels.data(), first, count);
-    acc_t shifts[kQueryBlock], sums[kQueryBlock];
-    softmax_terms(rows.row(0), count, stride, n, shifts, rows.row(0), sums);
-    for (int64_t r = 0; r < count; ++r) {
-      row_sums[first + r] = shifts[r] + std::log(sums[r]);
-      if (held) scale_row(rows.row(r), n, acc_t(1) / sums[r], matrix.data() + (first + r) * stride);
+class LargeMatrices {
+ public:
+  explicit LargeMatrices(const Matrices<value_t, acc_t>& work)
+      : work_(work),
+        qk_(work.params.qk),
+        stride_(work.stride()),
+        blocks_((qk_.tokens + kQueryBlock - 1) / kQueryBlock),
+        held_(work.params.wpr.max_iters == 1 ? 0 : std::min(blocks_, kHeldBytes / work.bytes_of(kQueryBlock))),
+        panels_(stride_ * qk_.channels),
+        partial_(blocks_ * qk_.tokens),
+        log_sums_(qk_.tokens),
+        matrix_(new acc_t[held_ * kQueryBlock * stride_]) {}
+
+  void run() {
+    const int64_t n = qk_.tokens;
+    std::vector<acc_t> next(n);
+    for (int64_t m = 0; m < work_.params.wpr.matrices; ++m) {
+      acc_t* s = work_.scores + m * n;
+      pack_columns(work_.keys(m), n, qk_.channels, panels_.data());
+      power_start(work_.params.wpr, work_.start, m, s);
+      bool first_step = true;
+      power_iterate(work_.params.wpr, s, next.data(), [&](const acc_t* from, acc_t* to) {
+        torch::stable::parallel_for(0, blocks_, 1, [&](int64_t begin, int64_t end) {
+          AttentionRows<value_t, acc_t> rows(qk_);
+          for (int64_t block = begin; block < end; ++block) add_block(m, block, first_step, rows, from);
+        });
+        first_step = false;
+        std::fill_n(to, n, acc_t(0));
+        for (int64_t block = 0; block < blocks_; ++block) add_scaled(acc_t(1), partial_.data() + block * n, n, to);
+      });
     }
-  });
-  acc_t* s = work.scores + m * n;
-  power_start(work.params.wpr, work.start, m, s);
-  power_iterate(work.params.wpr, s, next.data(), [&](const acc_t* from, acc_t* to) {
-    each_block([&](int64_t block, int64_t first, int64_t count) {
-      acc_t* sums = partial.data() + block * n;
-      if (held) return power_step(matrix.data() + first * stride, stride, from + first, count, sums, n);
-      AttentionRows<value_t, acc_t> rows(qk);
-      rows.form(work.queries(m), panels.data(), first, count);
-      for (int64_t r = 0; r < count; ++r) exp_row(rows.row(r), n, row_sums[first + r], rows.row(r));
-      power_step(rows.row(0), stride, from + first, count, sums, n);
-    });
-    std::fill_n(to, n, acc_t(0));
-    for (int64_t block = 0; block < blocks; ++block) {
-      for (int64_t k = 0; k < n; ++k) to[k] += partial[block * n + k];
+  }
+
+ private:
+  // Where the probabilities of a block are kept, or null. Those without a place lie evenly among the others: threads
+  // get equal shares of the work.
+  acc_t* place_of(int64_t block) const {
+    const int64_t place = block * held_ / blocks_;
+    return (block + 1) * held_ / blocks_ > place ? matrix_.get() + place * kQueryBlock * stride_ : nullptr;
+  }
+
+  void add_block(int64_t m, int64_t block, bool first_step, AttentionRows<value_t, acc_t>& rows, const acc_t* from) {
+    const int64_t n = qk_.tokens;
+    const int64_t first = block * kQueryBlock;
+    const int64_t count = std::min(kQueryBlock, n - first);
+    acc_t* kept = place_of(block);
+    acc_t* terms = kept ? kept : rows.row(0);
+    if (first_step || !kept) rows.form(work_.queries(m), panels_.data(), first, count);
+    if (first_step) {
+      acc_t shifts[kQueryBlock], sums[kQueryBlock];
+      softmax_terms(rows.row(0), count, stride_, n, shifts, terms, sums);
+      for (int64_t r = 0; r < count; ++r) {
+        log_sums_[first + r] = shifts[r] + std::log(sums[r]);
+        scale_row(terms + r * stride_, n, acc_t(1) / sums[r]);
+      }
+    } else if (!kept) {
+      for (int64_t r = 0; r < count; ++r) exp_row(rows.row(r), n, log_sums_[first + r], terms + r * stride_);
     }
-  });
-}
+    power_step(terms, stride_, from + first, count, partial_.data() + block * n, n);
+  }
+
+  const Matrices<value_t, acc_t>& work_;
+  QkParams qk_;
+  int64_t stride_;
+  int64_t blocks_;
+  int64_t held_;  // blocks whose probabilities are kept
+  std::vector<acc_t> panels_;
+  std::vector<acc_t> partial_;       // [blocks, tokens]
+  std::vector<acc_t> log_sums_;      // [tokens]
+  std::unique_ptr<acc_t[]> matrix_;  // [held * kQueryBlock, stride]
+};
 
 // The tokens that are ranked, image after image. Positions come from data, so this is the first place that can see a
 // wrong one.
@@ -178,11 +208,11 @@ Tensor wpr_qk_cpu(Tensor q, Tensor k, double scale, std::optional<Tensor> start,
                                                          first,
                                                          among.has_value() ? taken.data() : nullptr,
                                                          data_ptr<acc_t>(out)};
-    if (work.matrix_bytes() <= kThreadBytes) {
+    if (work.bytes_of(params.qk.tokens) <= kThreadBytes) {
       torch::stable::parallel_for(0, params.wpr.matrices, 1,
                                   [&](int64_t begin, int64_t end) { iterate_small(work, begin, end); });
     } else {
-      for (int64_t m = 0; m < params.wpr.matrices; ++m) iterate_large(work, m);
+      LargeMatrices(work).run();
     }
   });
   return out;
