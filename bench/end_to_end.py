@@ -1,7 +1,8 @@
 """Whole models: dense with fused attention against every registered method at 65 % of the blocks' MACs.
 
 Random weights: they decide which tokens are kept, not how long that takes. Eager first, since compiling takes minutes.
-On a CPU, eager models also report which share of the time goes into choosing, merging and gathering tokens.
+On a CPU, eager models also report which share of the time goes into choosing, merging and gathering tokens: into the
+whole step, and into its operators alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from harness import append
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from tokenprune_ext import apply, describe, methods
 from tokenprune_ext.compare import DENSE, share
@@ -32,6 +34,7 @@ BATCHES = (256, 1)
 MACS = 0.65
 EAGER = "eager"
 CLASS_TOKEN = "dense, class token only"
+SHARES = ("selection", "selection_operators", "selection_again")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -93,6 +96,28 @@ def selection_shares(model: nn.Module, images: torch.Tensor, rounds: int = 9) ->
     return {"selection": first, "selection_again": again}
 
 
+def operator_share(model: nn.Module, images: torch.Tensor, rounds: int = 9) -> float:
+    """Median share of a forward on a CPU that is spent in the operators the methods call, as torch's profiler times
+    them: without the Python between them, which a compiled model does not have.
+    """
+    shares = []
+    with torch.inference_mode():
+        for _ in range(rounds):
+            with profile(activities=[ProfilerActivity.CPU]) as profiler, record_function("forward"):
+                model(images)
+            events = profiler.events()
+            forward = next(event for event in events if event.name == "forward")
+            steps = [event for event in events if event.name.startswith("tokenprune ")]
+            chosen = sum(operator.cpu_time_total for step in steps for operator in step.cpu_children)
+            shares.append(chosen / forward.cpu_time_total)
+    return statistics.median(shares)
+
+
+def shares(model: nn.Module, images: torch.Tensor) -> dict[str, float]:
+    """What of a forward on a CPU goes into the methods, by :func:`selection_shares` and :func:`operator_share`."""
+    return {**selection_shares(model, images), "selection_operators": operator_share(model, images)}
+
+
 def end_to_end(dense: nn.Module, setting: Setting, device: str, dtype: torch.dtype, budget_s: float) -> list[dict]:
     """One record for the dense model and one a method.
 
@@ -129,14 +154,14 @@ def end_to_end(dense: nn.Module, setting: Setting, device: str, dtype: torch.dty
                 "speedup": found.speedup,
                 "ideal": ideal,
                 "of_ideal": found.speedup / ideal,
-                **(selection_shares(models[name], images) if synchronous else {}),
+                **(shares(models[name], images) if synchronous else {}),
             }
         )
     return records
 
 
 def show(records: list[dict[str, Any]]) -> None:
-    measured = ("median ms", "speed-up", "ideal", "of ideal", "selection", "again")
+    measured = ("median ms", "speed-up", "ideal", "of ideal", "selection", "operators", "again")
     table = Table("model", "batch", "compiler", "method", *measured)
     for record in records:
         table.add_row(
@@ -147,7 +172,7 @@ def show(records: list[dict[str, Any]]) -> None:
             f"{record['median_s'] * 1e3:.3f}",
             *(f"{record[key]:.3f} x" for key in ("speedup", "ideal")),
             f"{record['of_ideal']:.1%}",
-            *(f"{record[key]:.1%}" if key in record else "" for key in ("selection", "selection_again")),
+            *(f"{record[key]:.1%}" if key in record else "" for key in SHARES),
         )
     Console(width=120).print(table)
 

@@ -22,7 +22,7 @@ def peak_mb(device: str) -> float:
 
 
 @click.command(help=__doc__)
-@click.option("--op", type=click.Choice(["attn_colsum_qk", "wpr_qk"]), required=True)
+@click.option("--op", type=click.Choice(["attn_colsum_qk", "wpr_qk", "zero_tprune"]), required=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--batch", default=2, show_default=True)
 @click.option("--heads", default=16, show_default=True)
@@ -33,6 +33,7 @@ def main(op: str, device: str, batch: int, heads: int, tokens: int, dtype: str) 
     calls = {
         "attn_colsum_qk": lambda q, k: ops.attn_colsum_qk(q, k, 0.125, "max", "patch", 1),
         "wpr_qk": lambda q, k: ops.wpr_qk(q, k, 0.125, None, 2, 0.0),
+        "zero_tprune": lambda q, k: ops.zero_tprune(q, k, k, 0.125, 10, True, 2, 0.0, num_prefix=1),
     }
     calls[op](q[:1, :1, :64], k[:1, :1, :64])  # whatever the first call sets up
     before = peak_mb(device)

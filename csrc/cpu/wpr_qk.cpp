@@ -7,98 +7,19 @@
 #include <optional>
 #include <vector>
 
-#include "attention_rows.h"
-#include "power_iteration.h"
+#include "operators.h"
+#include "page_rank.h"
 
 namespace tokenprune {
 namespace {
-
-// A matrix up to kThreadBytes is formed once, in the cache of the thread that iterates it. Larger ones are taken one at
-// a time by all threads together: kHeldBytes are held, what is more is formed again in every iteration.
-constexpr int64_t kThreadBytes = 2 << 20;
-constexpr int64_t kHeldBytes = 48 << 20;
-
-template <typename value_t, typename acc_t>
-struct Matrices {
-  WprQkParams params;
-  const value_t* q;
-  const value_t* k;
-  const acc_t* start;    // or null
-  const int64_t* taken;  // [batch, tokens]: the tokens that are ranked, or null
-  acc_t* scores;         // [matrices, tokens]
-
-  TokenRows<value_t> queries(int64_t m) const {
-    const int64_t image = m / params.qk.heads;
-    return {q + params.qk.q_offset(image, m % params.qk.heads), params.qk.q_token_stride, taken_of(image)};
-  }
-  TokenRows<value_t> keys(int64_t m) const {
-    const int64_t image = m / params.qk.heads;
-    return {k + params.qk.k_offset(image, m % params.qk.heads), params.qk.k_token_stride, taken_of(image)};
-  }
-  const int64_t* taken_of(int64_t image) const { return taken ? taken + image * params.qk.tokens : nullptr; }
-  int64_t stride() const { return padded_columns<acc_t>(params.qk.tokens); }
-  int64_t bytes_of(int64_t rows) const { return rows * stride() * static_cast<int64_t>(sizeof(acc_t)); }
-};
 
 template <typename acc_t>
 TOKENPRUNE_MULTIVERSION void scale_row(acc_t* row, int64_t n, acc_t factor) {
   for (int64_t k = 0; k < n; ++k) row[k] *= factor;
 }
 
-// Queries and keys of a head lie a page apart from token to token, which no processor foresees.
-template <typename value_t>
-void prefetch(const TokenRows<value_t>& rows, int64_t first, int64_t count, int64_t channels) {
-  for (int64_t r = first; r < first + count; ++r) {
-    const value_t* row = rows[r];
-    for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(value_t))) __builtin_prefetch(row + c);
-  }
-}
-
-// The matrices begin .. end - 1, each formed once, a block of queries at a time. One iteration takes every block as it
-// comes, more of them need the whole matrix.
-template <typename value_t, typename acc_t>
-void iterate_small(const Matrices<value_t, acc_t>& work, int64_t begin, int64_t end) {
-  const QkParams& qk = work.params.qk;
-  const int64_t n = qk.tokens, stride = work.stride();
-  const bool once = work.params.wpr.max_iters == 1;
-  AttentionRows<value_t, acc_t> rows(qk);
-  std::vector<acc_t> panels(stride * qk.channels), next(n), partial(n), sums(n), weights(kQueryBlock);
-  acc_t shifts[kQueryBlock];
-  const std::unique_ptr<acc_t[]> matrix(once ? nullptr : new acc_t[n * stride]);
-  const auto add_block = [&](const acc_t* terms, int64_t first, int64_t count, const acc_t* from, acc_t* to) {
-    for (int64_t r = 0; r < count; ++r) weights[r] = from[first + r] / sums[first + r];
-    power_step(terms, stride, weights.data(), count, partial.data(), n);
-    add_scaled(acc_t(1), partial.data(), n, to);
-  };
-  for (int64_t m = begin; m < end; ++m) {
-    acc_t* s = work.scores + m * n;
-    power_start(work.params.wpr, work.start, m, s);
-    std::fill(next.begin(), next.end(), acc_t(0));
-    pack_columns(work.keys(m), n, qk.channels, panels.data());
-    for (int64_t first = 0; first < n; first += kQueryBlock) {
-      const int64_t count = std::min(kQueryBlock, n - first);
-      const int64_t following = std::min(kQueryBlock, n - first - count);
-      prefetch(work.queries(m), first + count, following, qk.channels);
-      rows.form(work.queries(m), panels.data(), first, count);
-      if (m + 1 < end) prefetch(work.keys(m + 1), first, count, qk.channels);
-      acc_t* terms = once ? rows.row(0) : matrix.get() + first * stride;
-      softmax_terms(rows.row(0), count, stride, n, shifts, terms, sums.data() + first);
-      if (once) add_block(terms, first, count, s, next.data());
-    }
-    if (once) {
-      std::copy_n(next.data(), n, s);
-      continue;
-    }
-    power_iterate(work.params.wpr, s, next.data(), [&](const acc_t* from, acc_t* to) {
-      std::fill_n(to, n, acc_t(0));
-      for (int64_t first = 0; first < n; first += kQueryBlock) {
-        add_block(matrix.get() + first * stride, first, std::min(kQueryBlock, n - first), from, to);
-      }
-    });
-  }
-}
-
-// All matrices one after the other, each by all threads. A step sums every block of queries, weighted by the scores,
+// Matrices beyond kThreadBytes, one after the other, each by all threads: kHeldBytes of it are held, what is more is
+// formed again in every iteration. A step sums every block of queries, weighted by the scores,
 // and adds the sums up in order. The first one keeps the probabilities of as many blocks as may be held, and the
 // logarithms of all rows' sums, with which the other blocks are formed again.
 template <typename value_t, typename acc_t>
@@ -193,6 +114,8 @@ std::vector<int64_t> taken_tokens(const WprQkParams& params, const int64_t* amon
   return taken;
 }
 
+}  // namespace
+
 Tensor wpr_qk_cpu(Tensor q, Tensor k, double scale, std::optional<Tensor> start, int64_t max_iters, double tol,
                   std::optional<Tensor> among, int64_t num_prefix, bool) {
   const WprQkParams params = check_wpr_qk(q, k, scale, start, max_iters, tol, among, num_prefix);
@@ -210,7 +133,7 @@ Tensor wpr_qk_cpu(Tensor q, Tensor k, double scale, std::optional<Tensor> start,
                                                          data_ptr<acc_t>(out)};
     if (work.bytes_of(params.qk.tokens) <= kThreadBytes) {
       torch::stable::parallel_for(0, params.wpr.matrices, 1,
-                                  [&](int64_t begin, int64_t end) { iterate_small(work, begin, end); });
+                                  [&](int64_t begin, int64_t end) { rank_small(work, begin, end); });
     } else {
       LargeMatrices(work).run();
     }
@@ -218,7 +141,6 @@ Tensor wpr_qk_cpu(Tensor q, Tensor k, double scale, std::optional<Tensor> start,
   return out;
 }
 
-}  // namespace
 }  // namespace tokenprune
 
 STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) { m.impl("wpr_qk", TORCH_BOX(&tokenprune::wpr_qk_cpu)); }

@@ -7,6 +7,7 @@
 #include "kernels/pairs.cuh"
 #include "kernels/select.cuh"
 #include "nearest_token.h"
+#include "operators.h"
 
 namespace tokenprune {
 namespace {
@@ -50,6 +51,8 @@ Tensor score_pairs(const BipartiteMatchParams& params, const Tensor& group, cons
   return score;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> bipartite_match_cuda(Tensor metric, std::optional<Tensor> scores, int64_t r,
                                                         int64_t num_prefix, std::string partition,
                                                         std::string similarity_name, bool allow_tf32) {
@@ -70,7 +73,6 @@ std::tuple<Tensor, Tensor, Tensor> bipartite_match_cuda(Tensor metric, std::opti
   return {dropped, match, kept};
 }
 
-}  // namespace
 }  // namespace tokenprune
 
 TOKENPRUNE_CUDA_IMPL(m) { m.impl("bipartite_match", TORCH_BOX(&tokenprune::bipartite_match_cuda)); }

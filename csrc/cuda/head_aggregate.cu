@@ -1,9 +1,9 @@
 #include "../ops/head_aggregate.h"
 #include "adapter.h"
 #include "kernels/head_aggregate.cuh"
+#include "operators.h"
 
 namespace tokenprune {
-namespace {
 
 Tensor head_aggregate_cuda(Tensor scores, double vmin, double vmax, int64_t num_prefix) {
   const HeadAggregateParams params = check_head_aggregate(scores, vmin, vmax, num_prefix);
@@ -18,7 +18,6 @@ Tensor head_aggregate_cuda(Tensor scores, double vmin, double vmax, int64_t num_
   return out;
 }
 
-}  // namespace
 }  // namespace tokenprune
 
 TOKENPRUNE_CUDA_IMPL(m) { m.impl("head_aggregate", TORCH_BOX(&tokenprune::head_aggregate_cuda)); }

@@ -3,9 +3,9 @@
 #include "../ops/wpr_qk.h"
 #include "adapter.h"
 #include "kernels/wpr_qk.cuh"
+#include "operators.h"
 
 namespace tokenprune {
-namespace {
 
 Tensor wpr_qk_cuda(Tensor q, Tensor k, double scale, std::optional<Tensor> start, int64_t max_iters, double tol,
                    std::optional<Tensor> among, int64_t num_prefix, bool allow_tf32) {
@@ -33,7 +33,6 @@ Tensor wpr_qk_cuda(Tensor q, Tensor k, double scale, std::optional<Tensor> start
   return out;
 }
 
-}  // namespace
 }  // namespace tokenprune
 
 TOKENPRUNE_CUDA_IMPL(m) { m.impl("wpr_qk", TORCH_BOX(&tokenprune::wpr_qk_cuda)); }

@@ -133,6 +133,18 @@ def test_peaks(keep, exponent):
         assert torch.equal(partners(*found[2:]), partners(dropped, match))
 
 
+@pytest.mark.parametrize("partition", ["unimportant", "important"])
+@pytest.mark.parametrize(("num_prefix", "class_start"), [(0, False), (2, True)])
+def test_zero_tprune(num_prefix, class_start, partition):
+    op = own.zero_tprune.default
+    args = (*QK, QK[1], 0.3, 5, class_start, 4, 0.0, 0.0, 100.0, num_prefix, partition)
+    scores, dropped, match = op(*args)
+    for formulation in (IN_ORDER[op], FREE[op]):
+        found = formulation(*args)
+        torch.testing.assert_close(found[0], scores)
+        assert torch.equal(partners(*found[1:]), partners(dropped, match))
+
+
 @pytest.mark.parametrize("size", [None, SIZE])
 def test_merging(size):
     _, kept, dropped, match = own.peaks_match(X, SCORES.abs(), 9, 2)

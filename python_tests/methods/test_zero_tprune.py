@@ -11,7 +11,7 @@ from methods.contexts import KINDS, check_reduced, check_scores, context
 from methods.slow_methods import importance, zero_tprune
 from methods.slow_scores import Image, attention, page_rank
 
-from tokenprune_ext import methods
+from tokenprune_ext import methods, ops
 from tokenprune_ext.methods import ZeroTPrune, zero_tprune_stages
 from tokenprune_ext.methods.random import random_scores
 
@@ -109,7 +109,7 @@ def test_metrics_choose_differently():
     """On these inputs; otherwise the case above would not test the option."""
     ctx = context(patches=12, prefix=1)
     removed = {
-        str(zero_tprune_stages.similar_tokens(ctx, None, 4, "alternate", "key", metric)[0].tolist())
+        str(zero_tprune_stages.similar_tokens(ctx, ctx.k, None, 4, "alternate", metric)[0].tolist())
         for metric in zero_tprune_stages.METRICS
     }
     assert len(removed) == 3
@@ -147,9 +147,7 @@ def test_a_partner_that_is_lost_takes_along_what_went_into_it():
     method = methods.create("zero_tprune", reduction="merge", similar=6)
     reduced = method.reduce(ctx, 2)
     rough = method.scores(ctx, iters=1)
-    dropped, match, _ = zero_tprune_stages.similar_tokens(
-        ctx, rough, 6, method.partition, method.feature, method.metric
-    )
+    dropped, match, _ = zero_tprune_stages.similar_tokens(ctx, ctx.k, rough, 6, method.partition, method.metric)
     kept = [set(row) for row in reduced.kept.tolist()]
     assert any(partner not in kept[image] for image, row in enumerate(match.tolist()) for partner in row)
     into = reduced.into()
@@ -166,9 +164,9 @@ def test_default_similar_is_ten_or_what_the_layer_removes():
 
 def _removed(patches, keep, **options):
     """Pairs the similarity stage is asked for."""
-    with mock.patch.object(zero_tprune_stages, "similar_tokens", wraps=zero_tprune_stages.similar_tokens) as watched:
+    with mock.patch.object(ops, "zero_tprune", wraps=ops.zero_tprune) as watched:
         methods.create("zero_tprune", **options).reduce(context(patches=patches), keep)
-    return watched.call_args.args[2]
+    return watched.call_args.args[4]
 
 
 def test_iterations_at_other_depths():

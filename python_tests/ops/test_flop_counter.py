@@ -31,6 +31,9 @@ def test_operators():
         lambda: OPS.attn_colsum_qk(q, q, 0.3, num_prefix=1): 8 * square,
         lambda: OPS.class_attention(q, q, None, None, 0.3): 2 * 3 * 17 * 8,
         lambda: OPS.class_attention(q, q, q, None, 0.3): 2 * (2 * 3 * 17 * 8),
+        lambda: OPS.zero_tprune(q, q, q, 0.3, 4, True, 5, num_prefix=1): (
+            (8 + 1) * square + 2 * 8 * 8 * 8 + (8 + 5) * 2 * 3 * 13 * 13
+        ),
         lambda: OPS.nearest_token(metric, torch.arange(17).expand(2, -1), num_prefix=1): 2 * 24 * (16 * 15 // 2),
         lambda: OPS.peaks_match(metric, scores, 5, 1): 2 * 24 * (16 * 15 // 2 + 5 * 11),
         lambda: OPS.bipartite_match(metric, None, 3, 2): 2 * 24 * 7 * 8,

@@ -18,6 +18,7 @@ CALLS = {
     "nearest_token": (Q[:, 0], torch.arange(5, device="meta").unsqueeze(0)),
     "bipartite_match": (Q[:, 0], None, 1),
     "peaks_match": (Q[:, 0], Q[:, 0, :, 0], 1),
+    "zero_tprune": (Q, Q, Q, 0.5, 1),
 }
 
 

@@ -20,6 +20,7 @@ from tokenprune_ext.ops._heads import reduce_heads
 from tokenprune_ext.ops._qk import probabilities
 from tokenprune_ext.ops.class_attention import reference as class_attention
 from tokenprune_ext.ops.head_reduced_sum import reference as head_reduced_sum
+from tokenprune_ext.ops.zero_tprune import spread, start_scores
 
 from .onnx_tokens import (
     ascending,
@@ -59,6 +60,7 @@ def decompositions(ordered: bool) -> Decompositions:
         own.topk_gather.default: partial(topk_gather, ordered),
         own.wpr.default: _wpr,
         own.wpr_qk.default: _wpr_qk,
+        own.zero_tprune.default: partial(_zero_tprune, ordered),
         aten.cumsum.default: _cumsum,
         aten.scaled_dot_product_attention.default: _attention,
         aten.scatter.src: _scatter,
@@ -178,3 +180,28 @@ def _head_aggregate(scores: Tensor, vmin: float = 0.01, vmax: float = 0.7, num_p
     passes = ((vmin <= variance) & (variance <= vmax)).to(patches.dtype)
     weight = torch.where(passes.sum(1, keepdim=True) > 0, passes, 1.0)
     return pad(((weight * patches.square()).sum(1) / weight.sum(1)).sqrt(), (num_prefix, 0))
+
+
+def _zero_tprune(
+    ordered: bool,
+    q: Tensor,
+    k: Tensor,
+    metric: Tensor,
+    scale: float,
+    r: int,
+    class_start: bool = False,
+    max_iters: int = 30,
+    tol: float = 1e-6,
+    vmin: float = 0.01,
+    vmax: float = 0.7,
+    num_prefix: int = 0,
+    partition: str = "unimportant",
+    similarity: str = "cosine",
+    allow_tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = q.shape[2]
+    start = [start_scores(q, count) if class_start else None for count in (tokens, tokens - r)]
+    rough = _head_aggregate(_wpr_qk(q, k, scale, start[0], 1), vmin, vmax, num_prefix)
+    dropped, match, kept = bipartite_match(ordered, metric, rough, r, num_prefix, partition, similarity)
+    left = _wpr_qk(q, k, scale, start[1], max_iters, tol, kept, num_prefix)
+    return spread(_head_aggregate(left, vmin, vmax, num_prefix), kept, tokens, num_prefix), dropped, match

@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenprune_ext import ops
 from tokenprune_ext.checks import check_bool, check_choice, check_int
 from tokenprune_ext.ops._select import split
+from tokenprune_ext.ops.zero_tprune import spread
 from tokenprune_ext.patch.context import AttentionContext, Reduced
 from tokenprune_ext.patch.host import Host
 
@@ -109,11 +110,7 @@ class ZeroTPrune(ScoredMethod):
         removed = self._removed_by_similarity(ctx.num_patches, keep)
         if not removed:
             return super().reduce(ctx, keep)
-        rough = self.scores(ctx, iters=1) if stages.needs_scores(self.partition) else None
-        similar, match, rest = stages.similar_tokens(ctx, rough, removed, self.partition, self.feature, self.metric)
-        among = self.scores(ctx, among=rest)[:, ctx.num_prefix :]
-        # What S removed comes last. (Minus infinity, not NaN: run times of exported models do not agree where that is.)
-        scores = among.new_full(ctx.x.shape[:2], -torch.inf).scatter(1, rest, among)
+        scores, similar, match = self._run_stages(ctx, removed)
 
         def ranked() -> Tensor:
             return scores.masked_fill(scores == -torch.inf, torch.nan)
@@ -125,6 +122,20 @@ class ZeroTPrune(ScoredMethod):
         nearest = nearest_kept(ctx, kept).gather(1, partner)  # of a partner that was lost, with what went into it
         match = torch.where(nearest < 0, partner, nearest)
         return merge_into(ctx, kept, dropped, match, self.proportional, ranked)
+
+    def _run_stages(self, ctx: AttentionContext, removed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores ``[B, N]``, minus infinity for what S removed; the positions of that, and of its partners."""
+        feature = stages.feature_of(ctx, self.feature)
+        if stages.needs_scores(self.partition) and not ctx.has_dense_bias:
+            q, k = ctx.biased()
+            class_start = stages.starts_at_class(ctx, self.start)
+            iters = self.iterations(ctx.layer, ctx.depth)
+            return ops.zero_tprune(q, k, feature, ctx.scale / self.tau, removed, class_start, iters, self.tol,
+                                   self.vmin, self.vmax, ctx.num_prefix, self.partition, self.metric)  # fmt: skip
+        rough = self.scores(ctx, iters=1) if stages.needs_scores(self.partition) else None
+        similar, match, rest = stages.similar_tokens(ctx, feature, rough, removed, self.partition, self.metric)
+        left = self.scores(ctx, among=rest)
+        return spread(left, rest, ctx.x.shape[1], ctx.num_prefix), similar, match
 
     def scores(self, ctx: AttentionContext, iters: int | None = None, among: Tensor | None = None) -> Tensor:
         """Importance ``[B, N]``, float32 (float64 for float64); ``among`` as in ``AttentionContext.page_rank``."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from tokenprune_ext import ops
 from tokenprune_ext.checks import check_int
 from tokenprune_ext.ops._similarity import SIMILARITIES
+from tokenprune_ext.ops.zero_tprune import start_scores as class_start
 from tokenprune_ext.patch.context import AttentionContext
 
 from .random import random_scores
@@ -31,13 +31,14 @@ def checked_iters(iters: object) -> tuple[int, ...]:
     return tuple(iters)
 
 
+def starts_at_class(ctx: AttentionContext, start: str) -> bool:
+    """Whether page rank begins with more for the class token than for the others."""
+    return start != "uniform" and ctx.has_class_token
+
+
 def start_scores(ctx: AttentionContext, start: str, tokens: int) -> Tensor | None:
-    """The scores that page rank of ``tokens`` tokens begins with, the class token's the root of their number times the
-    others'; None for ones."""
-    if start == "uniform" or not ctx.has_class_token:
-        return None
-    dtype = torch.promote_types(ctx.q.dtype, torch.float32)
-    return torch.constant_pad_nd(torch.ones(tokens - 1, dtype=dtype, device=ctx.x.device), (1, 0), tokens**0.5)
+    """The scores that page rank of ``tokens`` tokens begins with; None for ones."""
+    return class_start(ctx.q, tokens) if starts_at_class(ctx, start) else None
 
 
 def needs_scores(partition: str) -> bool:
@@ -46,21 +47,21 @@ def needs_scores(partition: str) -> bool:
 
 
 def similar_tokens(
-    ctx: AttentionContext, scores: Tensor | None, count: int, partition: str, feature: str, metric: str
+    ctx: AttentionContext, feature: Tensor, scores: Tensor | None, count: int, partition: str, metric: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Positions of ``count`` tokens to remove, of their partners, and of all other patch tokens.
 
     Args:
         ctx: the block.
+        feature: what is compared, see :func:`feature_of`.
         scores: importance ``[B, N]``, for the partitions that need it.
         count: tokens to remove.
         partition: one of ``PARTITIONS``, see :class:`ZeroTPrune`.
-        feature: one of ``FEATURES``.
         metric: one of ``METRICS``.
     """
     if partition == "random":
         scores, partition = random_scores(ctx, seed=0), "unimportant"
-    return ops.bipartite_match(_feature(ctx, feature), scores, count, ctx.num_prefix, partition, metric)
+    return ops.bipartite_match(feature, scores, count, ctx.num_prefix, partition, metric)
 
 
 def pairing_macs(cost: BlockCost, feature: str, patches: int) -> int:
@@ -69,7 +70,8 @@ def pairing_macs(cost: BlockCost, feature: str, patches: int) -> int:
     return (patches // 2) * (patches - patches // 2) * width
 
 
-def _feature(ctx: AttentionContext, name: str) -> Tensor:
+def feature_of(ctx: AttentionContext, name: str) -> Tensor:
+    """What S compares, by its name in ``FEATURES``."""
     if name == "hidden":
         return ctx.x
     if name == "key_heads":

@@ -16,6 +16,7 @@ from .quantile_gather import quantile_gather
 from .topk_gather import topk_gather
 from .wpr import wpr
 from .wpr_qk import wpr_qk
+from .zero_tprune import zero_tprune
 
 __all__ = [
     "attn_colsum",
@@ -31,4 +32,5 @@ __all__ = [
     "topk_gather",
     "wpr",
     "wpr_qk",
+    "zero_tprune",
 ]

@@ -54,6 +54,15 @@ class AttentionContext:
         """Patch tokens that came in."""
         return self.x.shape[1] - self.num_prefix
 
+    @property
+    def has_dense_bias(self) -> bool:
+        """Whether the bias is a matrix, not a row that all queries share."""
+        return _is_dense(self.bias)
+
+    def biased(self) -> tuple[Tensor, Tensor]:
+        """Queries and keys whose product holds the bias of the keys, which must not be dense."""
+        return _biased(self.q, self.k, self.bias, self.scale)
+
     def class_attention(self) -> Tensor:
         """Attention of the class token to every token ``[B, H, N]``, float32 (float64 for float64); O(N) memory.
 
@@ -90,7 +99,7 @@ class AttentionContext:
         if _is_dense(self.bias):
             attn = _attention(self.q, self.k, self.bias, self.scale, 1.0)
             return ops.attn_colsum(attn, head_reduce, query_rows, self.num_prefix)
-        q, k = _biased(self.q, self.k, self.bias, self.scale)
+        q, k = self.biased()
         return ops.attn_colsum_qk(q, k, self.scale, head_reduce, query_rows, self.num_prefix)
 
     def page_rank(
@@ -108,7 +117,7 @@ class AttentionContext:
                 q, k = (_take_places(part, places, 2) for part in (q, k))
                 bias = _take_places(_take_places(bias, places, 3), places, 2)
             return ops.wpr(_attention(q, k, bias, self.scale, tau), start, iters, tol)
-        q, k = _biased(q, k, bias, self.scale)
+        q, k = self.biased()
         num_prefix = 0 if among is None else self.num_prefix
         return ops.wpr_qk(q, k, self.scale / tau, start, iters, tol, among, num_prefix)
 

@@ -1,0 +1,19 @@
+// Kernels of operators that `zero_tprune` calls where it cannot do better.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "../stable.h"
+
+namespace tokenprune {
+
+Tensor wpr_qk_cpu(Tensor q, Tensor k, double scale, std::optional<Tensor> start, int64_t max_iters, double tol,
+                  std::optional<Tensor> among, int64_t num_prefix, bool allow_tf32);
+Tensor head_aggregate_cpu(Tensor scores, double vmin, double vmax, int64_t num_prefix);
+std::tuple<Tensor, Tensor, Tensor> bipartite_match_cpu(Tensor metric, std::optional<Tensor> scores, int64_t r,
+                                                       int64_t num_prefix, std::string partition,
+                                                       std::string similarity, bool allow_tf32);
+
+}  // namespace tokenprune
