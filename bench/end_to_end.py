@@ -100,14 +100,14 @@ def operator_share(model: nn.Module, images: torch.Tensor, rounds: int = 9) -> f
     """Median share of a forward on a CPU that is spent in the operators the methods call, as torch's profiler times
     them: without the Python between them, which a compiled model does not have.
     """
-    shares = []
-    with torch.inference_mode():
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(rounds):
-            with profile(activities=[ProfilerActivity.CPU]) as profiler, record_function("forward"):
+            with record_function("forward"):
                 model(images)
-            events = profiler.events()
-            forward = next(event for event in events if event.name == "forward")
-            steps = [event for event in events if event.name.startswith("tokenprune ")]
+    shares = []
+    for forward in profiler.events():
+        if forward.name == "forward":
+            steps = [event for event in forward.cpu_children if event.name.startswith("tokenprune ")]
             chosen = sum(operator.cpu_time_total for step in steps for operator in step.cpu_children)
             shares.append(chosen / forward.cpu_time_total)
     return statistics.median(shares)
