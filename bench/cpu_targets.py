@@ -2,13 +2,15 @@
 
 The cases are those of bench_<op>.py. A kernel far above its target may still be slow, and one below it as fast as
 memory allows: beside the ratio stands the time over the floor and, where the input is much and the work little, over
-the time in which torch.sum reads that input.
+the time in which torch.sum reads that input. A second table has every operator by its number of tokens: the geometric
+mean of the ratios of its cases, and the smallest.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,18 @@ def row(records: list[dict[str, Any]], threads: int) -> tuple[str, ...]:
     )
 
 
+def by_operator(records: Iterable[dict[str, Any]], threads: int) -> Iterator[tuple[str, ...]]:
+    """A row an operator and number of tokens, with any batch, heads and options."""
+    ratios: dict[tuple[str, int], list[float]] = {}
+    for record in records:
+        if record["variant"] == REFERENCE:
+            ratios.setdefault((record["op"], record["N"]), []).append(record["ratio"])
+    for (op, tokens), found in ratios.items():
+        mean, target = statistics.geometric_mean(found), TARGETS.get(op, TARGET)
+        values = (f"{mean:.2f} x", f"{min(found):.2f} x", f"{target:g} x", "yes" if mean >= target else "NO")
+        yield op, str(tokens), str(threads), str(len(found)), *values
+
+
 @click.command(help=__doc__)
 @click.option("--op", "chosen", type=click.Choice(ops.__all__), multiple=True, help="Only these; repeatable.")
 @click.option("--threads", type=click.IntRange(1), multiple=True, default=(1, 2), show_default=True)
@@ -66,6 +80,7 @@ def main(chosen: tuple[str, ...], threads: tuple[int, ...], dtype: str, budget: 
     table = Table(
         "op", "case", "threads", "kernel ms", "time/floor", "time/torch.sum", "reference / kernel", "target", "holds"
     )
+    operators = Table("op", "N", "threads", "cases", "geometric mean", "smallest", "target", "holds")
     for count in threads:
         torch.set_num_threads(count)
         rates.cache_clear()  # the floors of this number of threads
@@ -74,15 +89,20 @@ def main(chosen: tuple[str, ...], threads: tuple[int, ...], dtype: str, budget: 
             if not has_kernel(op, "cpu"):
                 raise click.ClickException(f"there is no compiled kernel of {op} for cpu")
             torch.manual_seed(0)
+            records: list[dict[str, Any]] = []
             for case in cases(op, getattr(torch, dtype)):
                 measured = measure(case, budget)
                 table.add_row(*row(measured, count))
                 if output:
                     append(output, measured, where)
-    table.title = f"{dtype} on {where['device']}"
-    Console(width=140).print(table)
-    held = list(table.columns[-1].cells)
-    click.echo(f"{held.count('yes')} of {len(held)} hold")
+                records += measured
+            for line in by_operator(records, count):
+                operators.add_row(*line)
+    table.title = operators.title = f"{dtype} on {where['device']}"
+    for shown, what in ((table, "cases"), (operators, "operators by number of tokens and threads")):
+        Console(width=140).print(shown)
+        held = list(shown.columns[-1].cells)
+        click.echo(f"{held.count('yes')} of {len(held)} {what} hold")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,19 @@ def test_what_holds(targets: ModuleType, op: str, target: float) -> None:
     assert (holds(target - 0.001), holds(target)) == ("NO", "yes")
 
 
+def test_operators_by_the_mean_of_their_cases(targets: ModuleType) -> None:
+    """A geometric one: a case of 1 outweighs one of 2.25, but not one of 2.5."""
+
+    def record(tokens: int, ratio: float, variant: str = "reference") -> dict[str, object]:
+        return {"op": "wpr", "N": tokens, "variant": variant, "ratio": ratio}
+
+    records = [record(197, 1.0), record(197, 2.5), record(197, 9.0, "eager"), record(577, 1.0), record(577, 2.24)]
+    assert list(targets.by_operator(records, 2)) == [
+        ("wpr", "197", "2", "2", "1.58 x", "1.00 x", "1.5 x", "yes"),
+        ("wpr", "577", "2", "2", "1.50 x", "1.00 x", "1.5 x", "NO"),
+    ]
+
+
 @pytest.mark.parametrize("op", ["attn_colsum", "wpr"])
 def test_reading_is_timed_where_the_input_is_much(
     targets: ModuleType, one_head: set[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, op: str

@@ -52,10 +52,9 @@ void write_scores(const acc_t* left, const int64_t* taken, int64_t count, int64_
 template <typename acc_t>
 struct Held {
   Held(int64_t heads, int64_t tokens, int64_t stride)
-      : matrices(new acc_t[heads * tokens * stride]), sums(heads * tokens), ranks(heads * tokens) {}
+      : matrices(new acc_t[heads * tokens * stride]), ranks(heads * tokens) {}
 
   std::unique_ptr<acc_t[]> matrices;  // [heads, tokens, stride]
-  std::vector<acc_t> sums;            // [heads, tokens]
   std::vector<acc_t> ranks;           // [heads, tokens that are ranked]
 };
 
@@ -89,16 +88,16 @@ class Stages {
       AttentionMatrix<value_t, acc_t> attention(params_.qk);
       PowerSteps<acc_t> steps(n, stride_);
       const Matrices<value_t, acc_t> work = matrices(image, n, nullptr, held);
+      std::vector<acc_t> sums(n);
       for (int64_t h = begin; h < end; ++h) {
         acc_t* ranks = held.ranks.data() + h * n;
-        acc_t* sums = held.sums.data() + h * n;
         std::fill_n(ranks, n, acc_t(0));
         const TokenRows<value_t> following = work.keys(std::min(h + 1, end - 1));
         attention.form(
-            work.queries(h), work.keys(h), h + 1 < end ? &following : nullptr, sums,
+            work.queries(h), work.keys(h), h + 1 < end ? &following : nullptr, sums.data(),
             [&](int64_t first) { return matrix(held, h) + first * stride_; },
             [&](const acc_t* terms, int64_t first, int64_t count) {
-              steps.add(terms, count, sums + first, start_.data() + first, ranks);
+              steps.add(terms, count, sums.data() + first, start_.data() + first, ranks);
             });
       }
     });
@@ -153,11 +152,10 @@ class Stages {
   double threshold() const { return params_.tol * static_cast<double>(params_.left()); }
 
   // Page rank of the tokens that are left, from the matrix of all; false where it does not tell: too little of a row's
-  // sum is left, or there are infinities and NaN, which may be those of dropped tokens.
+  // sum is left, or it is NaN, which may come from a dropped token, even times 0.
   bool rank_held(Held<acc_t>& held, int64_t h, const std::vector<int64_t>& taken, const std::vector<acc_t>& mask) {
     const int64_t n = params_.qk.tokens, left = params_.left();
     const acc_t* terms = matrix(held, h);
-    const acc_t* all = held.sums.data() + h * n;
     PowerSteps<acc_t> steps(n, stride_);
     std::vector<acc_t> s(n), next(n), sums(n);
     for (int64_t i = 0; i < left; ++i) s[taken[i]] = left_start_[i];
@@ -167,7 +165,7 @@ class Stages {
       steps.run(terms, sums.data(), from, to, [&](int64_t first, int64_t count) {
         for (int64_t r = first; first_step && r < first + count; ++r) {
           sums[r] = masked_sum(terms + r * stride_, mask.data(), n);
-          good &= sums[r] >= kLeastSum<acc_t> && all[r] <= std::numeric_limits<acc_t>::max();
+          good &= sums[r] >= kLeastSum<acc_t>;
         }
       });
       multiply(to, mask.data(), n);

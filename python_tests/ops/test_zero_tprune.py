@@ -161,10 +161,18 @@ def test_is_what_its_stages_are(batch: int, threads: int, partition: str) -> Non
     check_stages(q, k, metric, 0.25, 9, *given)
 
 
+@pytest.mark.parametrize("tol", [1e-1, 1e-2, 1e-3])
+def test_heads_stop_early_by_the_tokens_that_are_left(tol: float) -> None:
+    class_start, iters, _, *rest = options(iters=30)
+    q, k, metric = (part.float() for part in inputs(3, 3, 50, 16, 24, 24, *options(iters=30)))
+    results = check_stages(q, k, metric, 0.25, 24, class_start, iters, tol, *rest)
+    assert not torch.equal(results[0], ops.zero_tprune(q, k, metric, 0.25, 24, class_start, iters, 0.0, *rest)[0])
+
+
 def test_what_does_not_fit_is_formed_twice() -> None:
     """Matrices of 720 tokens are the largest that are held; the answers are the same."""
     for tokens in (700, 740):
-        q, k, metric = (part.float() for part in inputs(1, 2, tokens, 8, 0, 5, *options()))
+        q, k, metric = (part.float() for part in inputs(2, 2, tokens, 8, 0, 5, *options()))
         check_stages(q, k, metric, 8**-0.5, 5, *options())
 
 
