@@ -10,7 +10,6 @@
 namespace tokenprune {
 
 constexpr int64_t kThreadBytes = 2 << 20;  // the largest matrix that a thread has to itself
-constexpr int64_t kHeldBytes = 48 << 20;   // of matrices, all threads together
 
 // Queries and keys of a head lie a page apart from token to token, which no processor foresees.
 template <typename value_t>

@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <optional>
 #include <vector>
 
 #include "operators.h"
 #include "page_rank.h"
+#include "workspace.h"
 
 namespace tokenprune {
 namespace {
@@ -34,7 +34,7 @@ class LargeMatrices {
         panels_(stride_ * qk_.channels),
         partial_(blocks_ * qk_.tokens),
         log_sums_(qk_.tokens),
-        matrix_(new acc_t[held_ * kQueryBlock * stride_]) {}
+        matrix_(held_ * kQueryBlock * stride_) {}
 
   void run() {
     const int64_t n = qk_.tokens;
@@ -61,7 +61,7 @@ class LargeMatrices {
   // get equal shares of the work.
   acc_t* place_of(int64_t block) const {
     const int64_t place = block * held_ / blocks_;
-    return (block + 1) * held_ / blocks_ > place ? matrix_.get() + place * kQueryBlock * stride_ : nullptr;
+    return (block + 1) * held_ / blocks_ > place ? matrix_.data() + place * kQueryBlock * stride_ : nullptr;
   }
 
   void add_block(int64_t m, int64_t block, bool first_step, AttentionRows<value_t, acc_t>& rows, const acc_t* from) {
@@ -90,9 +90,9 @@ class LargeMatrices {
   int64_t blocks_;
   int64_t held_;  // blocks whose probabilities are kept
   std::vector<acc_t> panels_;
-  std::vector<acc_t> partial_;       // [blocks, tokens]
-  std::vector<acc_t> log_sums_;      // [tokens]
-  std::unique_ptr<acc_t[]> matrix_;  // [held * kQueryBlock, stride]
+  std::vector<acc_t> partial_;   // [blocks, tokens]
+  std::vector<acc_t> log_sums_;  // [tokens]
+  Workspace<acc_t> matrix_;      // [held * kQueryBlock, stride]
 };
 
 // The tokens that are ranked, image after image. Positions come from data, so this is the first place that can see a

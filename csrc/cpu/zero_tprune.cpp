@@ -16,6 +16,7 @@
 #include "operators.h"
 #include "page_rank.h"
 #include "pairs.h"
+#include "workspace.h"
 
 namespace tokenprune {
 namespace {
@@ -51,11 +52,10 @@ void write_scores(const acc_t* left, const int64_t* taken, int64_t count, int64_
 // What is held of one image between its rankings.
 template <typename acc_t>
 struct Held {
-  Held(int64_t heads, int64_t tokens, int64_t stride)
-      : matrices(new acc_t[heads * tokens * stride]), ranks(heads * tokens) {}
+  Held(int64_t heads, int64_t tokens, int64_t stride) : matrices(heads * tokens * stride), ranks(heads * tokens) {}
 
-  std::unique_ptr<acc_t[]> matrices;  // [heads, tokens, stride]
-  std::vector<acc_t> ranks;           // [heads, tokens that are ranked]
+  Workspace<acc_t> matrices;  // [heads, tokens, stride]
+  std::vector<acc_t> ranks;   // [heads, tokens that are ranked]
 };
 
 // The tokens of an image that are left: the prefix, and the patch tokens in `kept`.
@@ -134,7 +134,7 @@ class Stages {
   }
 
   acc_t* matrix(const Held<acc_t>& held, int64_t h) const {
-    return held.matrices.get() + h * params_.qk.tokens * stride_;
+    return held.matrices.data() + h * params_.qk.tokens * stride_;
   }
 
   // One image's heads for page rank of `tokens` tokens, which `taken` names.

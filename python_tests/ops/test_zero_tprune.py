@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import resource
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,6 +177,25 @@ def test_what_does_not_fit_is_formed_twice() -> None:
     for tokens in (700, 740):
         q, k, metric = (part.float() for part in inputs(2, 2, tokens, 8, 0, 5, *options()))
         check_stages(q, k, metric, 8**-0.5, 5, *options())
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer keeps what is freed")
+def test_what_is_kept_for_later_calls_is_bounded() -> None:
+    """Matrices of many sizes, 23 to 31 MiB each: 48 MiB of memory stay at most."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def call(tokens: int) -> None:
+        q = torch.rand(1, 16, tokens, 4)
+        ops.zero_tprune(q, q, q, 0.5, 1, num_prefix=1)
+
+    call(600)
+    before = resident()
+    for tokens in range(601, 700, 7):
+        call(tokens)
+    assert resident() - before < 100 * 2**20
 
 
 @each_backend

@@ -175,7 +175,8 @@ def zero_tprune(
 
     The attention of I is that of I' without what was dropped, but for the sums of its rows. A CPU forms the matrix
     once, where those of an image fit 48 MiB, shared by all threads, and each 2 MiB; otherwise, and on a GPU, the stages
-    are the operators named, one after the other, and memory is theirs. Carries no gradient.
+    are the operators named, one after the other, and memory is theirs. A CPU leaves up to 48 MiB of it to later calls,
+    of this operator and of ``wpr_qk`` together. Carries no gradient.
 
     Args:
         q: queries ``[B, H, N, d]``; float16, bfloat16, float32 or float64. Views of a packed qkv tensor are not copied.
