@@ -6,7 +6,6 @@
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
@@ -82,7 +81,7 @@ class Stages {
   // The groups of an image, by page rank of all its tokens.
   void order(int64_t image, int32_t* tokens, int32_t* columns) {
     const int64_t n = params_.qk.tokens;
-    in_flight_[image] = take();
+    in_flight_[image] = std::make_unique<Held<acc_t>>(params_.qk.heads, n, stride_);
     Held<acc_t>& held = *in_flight_[image];
     torch::stable::parallel_for(0, params_.qk.heads, 1, [&](int64_t begin, int64_t end) {
       AttentionMatrix<value_t, acc_t> attention(params_.qk);
@@ -109,7 +108,7 @@ class Stages {
   // The scores of an image, by page rank of the patch tokens in `kept` and the prefix.
   void rank_left(int64_t image, const std::vector<int64_t>& kept) {
     const int64_t n = params_.qk.tokens, left = params_.left();
-    std::unique_ptr<Held<acc_t>> held = std::move(in_flight_[image]);
+    const std::unique_ptr<Held<acc_t>> held = std::move(in_flight_[image]);
     const std::vector<int64_t> taken = taken_tokens(params_, kept.data());
     std::vector<acc_t> mask(n);
     for (const int64_t i : taken) mask[i] = 1;
@@ -123,7 +122,6 @@ class Stages {
     std::vector<acc_t> combined(left);
     aggregate(params_.heads(left), held->ranks.data(), combined.data());
     write_scores(combined.data(), taken.data(), left, n, scores_ + image * n);
-    give_back(std::move(held));
   }
 
  private:
@@ -176,27 +174,13 @@ class Stages {
     return good;
   }
 
-  std::unique_ptr<Held<acc_t>> take() {
-    const std::lock_guard lock(mutex_);
-    if (free_.empty()) return std::make_unique<Held<acc_t>>(params_.qk.heads, params_.qk.tokens, stride_);
-    std::unique_ptr<Held<acc_t>> held = std::move(free_.back());
-    free_.pop_back();
-    return held;
-  }
-  void give_back(std::unique_ptr<Held<acc_t>> held) {
-    const std::lock_guard lock(mutex_);
-    free_.push_back(std::move(held));
-  }
-
   ZeroTPruneParams params_;
   const value_t* q_;
   const value_t* k_;
   acc_t* scores_;  // [batch, tokens]
   int64_t stride_;
-  std::vector<acc_t> start_;       // [tokens]
-  std::vector<acc_t> left_start_;  // [tokens that are left]
-  std::mutex mutex_;
-  std::vector<std::unique_ptr<Held<acc_t>>> free_;
+  std::vector<acc_t> start_;                             // [tokens]
+  std::vector<acc_t> left_start_;                        // [tokens that are left]
   std::vector<std::unique_ptr<Held<acc_t>>> in_flight_;  // [batch]
 };
 
