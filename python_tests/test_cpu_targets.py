@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -92,5 +93,6 @@ def test_command(
     assert result.exit_code == 0, result.output
     for batch, tokens in one_head:
         assert f"B={batch} H=1 N={tokens}" in result.output
-    assert result.output.rstrip().endswith("of 4 hold")
+    assert re.search(r"^\d of 4 cases hold$", result.output, re.MULTILINE)
+    assert re.search(r"^\d of 2 operators by number of tokens and threads hold\n\Z", result.output, re.MULTILINE)
     assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 8  # kernel and reference
