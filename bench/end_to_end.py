@@ -1,13 +1,14 @@
 """Whole models: dense with fused attention against every registered method at 65 % of the blocks' MACs.
 
 Random weights: they decide which tokens are kept, not how long that takes. Eager first, since compiling takes minutes.
-On a CPU, eager models also report which share of the time goes into choosing, merging and gathering tokens: into the
-whole step, and into its operators alone.
+On a CPU, freed memory stays with the process (see harness.keep_freed_memory), and eager models also report which share
+of the time goes into choosing, merging and gathering tokens: into the whole step, and into its operators alone.
 """
 
 from __future__ import annotations
 
 import itertools
+import resource
 import statistics
 import time
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from unittest import mock
 
 import click
 import torch
-from harness import append
+from harness import append, keep_freed_memory
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -118,6 +119,17 @@ def shares(model: nn.Module, images: torch.Tensor) -> dict[str, float]:
     return {**selection_shares(model, images), "selection_operators": operator_share(model, images)}
 
 
+def page_faults(models: dict[str, nn.Module], images: torch.Tensor, rounds: int = 5) -> dict[str, float]:
+    """Pages of memory the system hands out anew in a forward on a CPU, while the models run in turns: medians."""
+    faults: dict[str, list[int]] = {name: [] for name in models}
+    with torch.inference_mode():
+        for _, (name, model) in itertools.product(range(rounds), models.items()):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            model(images)
+            faults[name].append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return {name: statistics.median(found) for name, found in faults.items()}
+
+
 def end_to_end(dense: nn.Module, setting: Setting, device: str, dtype: torch.dtype, budget_s: float) -> list[dict]:
     """One record for the dense model and one a method.
 
@@ -134,6 +146,7 @@ def end_to_end(dense: nn.Module, setting: Setting, device: str, dtype: torch.dty
     size = macs[DENSE].input_size
     images = torch.randn(setting.batch, 3, *size, device=device, dtype=dtype)
     latency = measure_latency(models, images, budget_s=budget_s)
+    faults = page_faults(models, images) if device == "cpu" else {}
     synchronous = device == "cpu" and setting.compiler == EAGER
     records = []
     for name, found in latency.items():
@@ -154,6 +167,7 @@ def end_to_end(dense: nn.Module, setting: Setting, device: str, dtype: torch.dty
                 "speedup": found.speedup,
                 "ideal": ideal,
                 "of_ideal": found.speedup / ideal,
+                **({"page_faults": faults[name]} if faults else {}),
                 **(shares(models[name], images) if synchronous else {}),
             }
         )
@@ -161,7 +175,7 @@ def end_to_end(dense: nn.Module, setting: Setting, device: str, dtype: torch.dty
 
 
 def show(records: list[dict[str, Any]]) -> None:
-    measured = ("median ms", "speed-up", "ideal", "of ideal", "selection", "operators", "again")
+    measured = ("median ms", "speed-up", "ideal", "of ideal", "page faults", "selection", "operators", "again")
     table = Table("model", "batch", "compiler", "method", *measured)
     for record in records:
         table.add_row(
@@ -172,6 +186,7 @@ def show(records: list[dict[str, Any]]) -> None:
             f"{record['median_s'] * 1e3:.3f}",
             *(f"{record[key]:.3f} x" for key in ("speedup", "ideal")),
             f"{record['of_ideal']:.1%}",
+            f"{record['page_faults']:.0f}" if "page_faults" in record else "",
             *(f"{record[key]:.1%}" if key in record else "" for key in SHARES),
         )
     Console(width=120).print(table)
@@ -187,6 +202,7 @@ def show(records: list[dict[str, Any]]) -> None:
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True)
 @click.option("--compiler", "compilers", multiple=True, default=(EAGER, "inductor"), show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=torch.get_num_threads(), show_default=True)
+@click.option("--default-malloc", is_flag=True, help="On a CPU, let malloc hand memory back to the system.")
 @click.option("--output", type=click.Path(path_type=Path), help="Append the records to this JSON-lines file.")
 def main(
     device: str,
@@ -196,12 +212,15 @@ def main(
     dtype: str,
     compilers: tuple[str, ...],
     threads: int,
+    default_malloc: bool,
     output: Path | None,
 ) -> None:
     import timm
 
     torch.manual_seed(0)
     torch.set_num_threads(threads)
+    if device == "cpu" and not default_malloc:
+        keep_freed_memory()
     where = environment(torch.device(device))
     dense = {name: timm.create_model(name, pretrained=False) for name in models}
     for compiler, name, batch in itertools.product(compilers, models, batches):

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import click
 import torch
 from end_to_end import DTYPES, EAGER, MACS, Setting, compiled
-from harness import append
+from harness import append, keep_freed_memory
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -124,6 +124,8 @@ def main(
 
     torch.manual_seed(0)
     torch.set_num_threads(threads)
+    if device == "cpu":
+        keep_freed_memory()
     where = environment(torch.device(device))
     dense = timm.create_model(model, pretrained=False)
     for compiler, batch in itertools.product(compilers, batches):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from host_models import HOSTS, PRUNING, images_for, make_host, skip_unsuited, snapshot
 from timm.models.vision_transformer import Block
+from torch import nn
 
 from tokenprune_ext.patch import PrunedBlock, TokenState, inspect_host
 from tokenprune_ext.prune import apply, remove, schedule_of, trace
@@ -170,3 +171,39 @@ def test_hooks_on_blocks_still_run():
     model.blocks[1].register_forward_hook(lambda *args: seen.append(args[2].shape))
     apply(model, "topk", layers=[1], keep=[4])(images_for(model))
     assert seen == [(2, 5, 32)]
+
+
+@pytest.mark.parametrize("part", ["attn.q_norm", "attn.proj_drop", "drop_path1", "ls2"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_on_parts_that_do_nothing_still_run(part, kind):
+    """What such a part is given comes back, and so it is not called, unless somebody listens."""
+    model = apply(make_host("vit"), "topk", layers=[1], keep=[4])
+    images = images_for(model)
+    block = model.blocks[1]
+    module = block.get_submodule(part)
+    assert type(module) in (nn.Identity, nn.Dropout)
+    seen = []
+    handle = getattr(module, f"register_{kind}_hook")(lambda *args: seen.append(args[0]))
+    model(images).sum().backward()
+    assert seen == [module]
+    handle.remove()
+    model(images).sum().backward()
+    assert seen == [module]
+
+
+def test_a_hook_changes_what_a_part_hands_on():
+    model = apply(make_host("vit"), "topk", layers=[1], keep=[4])
+    images = images_for(model)
+    before = model(images)
+    with model.blocks[1].ls1.register_forward_hook(lambda module, args, out: 2 * out):
+        assert not torch.equal(model(images), before)
+    assert torch.equal(model(images), before)
+
+
+def test_dropout_drops_in_training():
+    model = apply(make_host("vit", proj_drop_rate=0.5), "topk", layers=[1], keep=[4]).train()
+    tokens = torch.randn(2, 17, 32)
+    first, second = (model.blocks[1](tokens) for _ in range(2))
+    assert not torch.equal(first, second)
+    model.eval()
+    assert torch.equal(model.blocks[1](tokens), model.blocks[1](tokens))

@@ -105,20 +105,20 @@ def _keep_count(plan: BlockPlan, tokens: int) -> int:
 def _run(plan: BlockPlan, block: nn.Module, state: TokenState, keep: int, call: dict[str, Any]) -> TokenState:
     adapter, prefix = plan.adapter, plan.host.num_prefix_tokens
     x = state.x
-    queries = x.shape[1] if plan.queries is None or state.source is not None else plan.queries
-    prunes = plan.queries is None and keep < x.shape[1] - prefix
+    tokens = x.shape[1]
+    queries = tokens if plan.queries is None or state.source is not None else plan.queries
+    where = plan.method.where if plan.queries is None and keep < tokens - prefix else None
     projected = adapter.project(block, x, queries, state.position, **call)
     heads = adapter.attend(block, projected, state.bias)
-    state = state._replace(x=adapter.add_attention(block, x[:, :queries], heads))
-    if prunes and plan.method.where == "attention":
-        state = _reduce(plan, state, projected, keep)
-    state = state._replace(x=adapter.add_mlp(block, state.x))
-    if prunes and plan.method.where == "block":
-        state = _reduce(plan, state, projected, keep)
-    return state
+    x = adapter.add_attention(block, x if queries == tokens else x[:, :queries], heads)
+    if where == "attention":
+        state = _reduce(plan, state, x, projected, keep)
+        x = state.x
+    x = adapter.add_mlp(block, x)
+    return _reduce(plan, state, x, projected, keep) if where == "block" else TokenState(x, *state[1:])
 
 
-def _reduce(plan: BlockPlan, state: TokenState, projected: Projected, keep: int) -> TokenState:
+def _reduce(plan: BlockPlan, state: TokenState, x: Tensor, projected: Projected, keep: int) -> TokenState:
     host = plan.host
     q, k, v, bias = projected.q, projected.k, projected.v, projected.bias
     if state.bias is not None:
@@ -127,7 +127,7 @@ def _reduce(plan: BlockPlan, state: TokenState, projected: Projected, keep: int)
     if traced or not torch.is_inference_mode_enabled():  # there, nothing has a gradient anyway
         q, k, v, bias = q.detach(), k.detach(), v.detach(), None if bias is None else bias.detach()
     context = AttentionContext(
-        x=state.x,
+        x=x,
         q=q,
         k=k,
         v=v,

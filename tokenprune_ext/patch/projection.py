@@ -44,9 +44,20 @@ def attend(p: Projected, bias: Tensor | None) -> Tensor:
     return torch.dropout(weights, p.dropout, train=p.dropout > 0) @ p.v
 
 
+def passed(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``, without the call where it gives ``x`` back: a block has up to eight of those, microseconds each.
+
+    A module with hooks is called all the same, for torch's hooks of all modules at once it is not.
+    """
+    if type(module) is not nn.Identity and (type(module) is not nn.Dropout or module.training):
+        return module(x)
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return module(x) if hooked else x
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """``[B, N, heads * d]`` -> ``[B, heads, N, d]``."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:2], heads, x.shape[2] // heads).transpose(1, 2)
 
 
 def is_quantised(linear: nn.Module) -> bool:
@@ -65,8 +76,8 @@ def fused_projection(
     """
     if queries == x.shape[1] or type(qkv) not in (nn.Linear, NarrowLinear) or is_quantised(qkv):
         out = qkv(x) if bias is None else F.linear(x, qkv.weight, bias)
-        q, k, v = out.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return q[:, :, :queries], k, v
+        q, k, v = out.view(*x.shape[:2], 3, heads, out.shape[2] // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        return (q if queries == x.shape[1] else q[:, :, :queries]), k, v
     width = qkv.out_features // 3
     bias = qkv.bias if bias is None else bias
     q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .adapter import HostAdapter, Parts, check_parts
 from .host import Host
-from .projection import Projected, fused_projection
+from .projection import Projected, fused_projection, passed
 
 
 class QKVBlockAdapter(HostAdapter):
@@ -35,7 +35,8 @@ class QKVBlockAdapter(HostAdapter):
 
     def residual(self, block: Any, x: Tensor, out: Tensor) -> Tensor:
         """The residual stream with the output of one branch added."""
-        return x + (out if getattr(block, "drop_path", None) is None else block.drop_path(out))
+        drop = getattr(block, "drop_path", None)
+        return x + (out if drop is None else passed(drop, out))
 
     def inspect(self, model: nn.Module) -> Host:
         for index, block in enumerate(self.blocks(model)):
@@ -55,7 +56,7 @@ class QKVBlockAdapter(HostAdapter):
     def add_attention(self, block: Any, x: Tensor, heads: Tensor) -> Tensor:
         out = block.attn.proj(heads.transpose(1, 2).flatten(2))
         drop = getattr(block.attn, "proj_drop", None)
-        return self.residual(block, x, out if drop is None else drop(out))
+        return self.residual(block, x, out if drop is None else passed(drop, out))
 
     def add_mlp(self, block: Any, x: Tensor) -> Tensor:
         return self.residual(block, x, block.mlp(block.norm2(x)))

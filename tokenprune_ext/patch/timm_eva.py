@@ -11,7 +11,7 @@ from timm.models import eva
 from torch import Tensor, nn
 
 from .adapter import Parts, register_host
-from .projection import Projected, fused_projection, split_heads
+from .projection import Projected, fused_projection, passed, split_heads
 from .timm_vit import BRANCHES, TimmViT, separate_bias
 
 _BLOCK = Parts(BRANCHES, own={"gamma_1", "gamma_2"})
@@ -53,7 +53,7 @@ class TimmEva(TimmViT):
             q = split_heads(attn.q_proj(x[:, :queries]), attn.num_heads)
             k, v = split_heads(attn.k_proj(x), kv_heads), split_heads(attn.v_proj(x), kv_heads)
         if getattr(attn, "q_norm", None) is not None:
-            q, k = attn.q_norm(q), attn.k_norm(k)
+            q, k = passed(attn.q_norm, q), passed(attn.k_norm, k)
         if rope is not None:
             rope = rope if position is None else _gathered(rope, position)
             q, k = _rotated(attn, q, rope).type_as(v), _rotated(attn, k, rope).type_as(v)

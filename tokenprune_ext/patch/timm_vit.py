@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .adapter import HostAdapter, Parts, check_parts, kind_of, register_host, unsupported
 from .host import Host
 from .mixin import Mixin, dense_class
-from .projection import Projected, fused_projection, is_quantised
+from .projection import Projected, fused_projection, is_quantised, passed
 from .timm_features import FullGridFeatures
 
 BRANCHES = {"norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2"}
@@ -99,7 +99,7 @@ class TimmViT(HostAdapter):
     def project(self, block: Any, x: Tensor, queries: int, position: Tensor | None, **call: Any) -> Projected:
         attn = block.attn
         q, k, v = fused_projection(self.attention_input(block, x), attn.qkv, attn.num_heads, queries)
-        return self.projected(attn, attn.q_norm(q), attn.k_norm(k), v)
+        return self.projected(attn, passed(attn.q_norm, q), passed(attn.k_norm, k), v)
 
     def attention_input(self, block: Any, x: Tensor) -> Tensor:
         """What the block hands to its ``attn``."""
@@ -114,17 +114,17 @@ class TimmViT(HostAdapter):
         out = heads.transpose(1, 2).flatten(2)
         norm, gate = getattr(attn, "norm", None), getattr(attn, "gate", None)
         if norm is not None:
-            out = norm(out)
+            out = passed(norm, out)
         if gate is not None:
             out = out * gate(self.attention_input(block, x)).sigmoid()
-        out = attn.proj_drop(attn.proj(out))
+        out = passed(attn.proj_drop, attn.proj(out))
         if self._is_post_norm(block):
             out = block.norm1(out)
-        return x + block.drop_path1(_scaled(block, out, 1))
+        return x + passed(block.drop_path1, _scaled(block, out, 1))
 
     def add_mlp(self, block: Any, x: Tensor) -> Tensor:
         out = block.norm2(block.mlp(x)) if self._is_post_norm(block) else block.mlp(block.norm2(x))
-        return x + block.drop_path2(_scaled(block, out, 2))
+        return x + passed(block.drop_path2, _scaled(block, out, 2))
 
     def unpatchable(self, block: Any) -> str | None:
         if block.attn._forward_hooks or block.attn._forward_pre_hooks:
@@ -156,7 +156,8 @@ def separate_bias(attn: Any) -> Tensor | None:
 
 def _scaled(block: Any, out: Tensor, branch: int) -> Tensor:
     """LayerScale of the first or second branch, as a module or as a parameter."""
-    scale, gamma = getattr(block, f"ls{branch}", None), getattr(block, f"gamma_{branch}", None)
+    scale = getattr(block, f"ls{branch}", None)
     if scale is not None:
-        return scale(out)
+        return passed(scale, out)
+    gamma = getattr(block, f"gamma_{branch}", None)
     return out if gamma is None else gamma * out

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .adapter import HostAdapter, Parts, check_parts, kind_of, register_host, unsupported
 from .host import Host
 from .mixin import dense_class
-from .projection import Projected, split_heads
+from .projection import Projected, passed, split_heads
 
 
 class _Layer(NamedTuple):
@@ -207,7 +207,7 @@ class TransformersViT(HostAdapter):
 
 def _passed(block: nn.Module, out: Tensor, names: tuple[str, ...]) -> Tensor:
     for name in names:
-        out = getattr(block, name)(out)
+        out = passed(getattr(block, name), out)
     return out
 
 
