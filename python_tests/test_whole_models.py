@@ -28,7 +28,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults_again(bench: Path, *arguments: str) -> int:
-    """Page faults of taking 64 MiB for the thirtieth time, in a process of its own; the heap grows in the first ones."""
+    """Page faults of taking 64 MiB for the thirtieth time, in a process of its own: the first ones grow the heap."""
     command = (sys.executable, "-c", FAULTS, *arguments)
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(bench)}, capture_output=True, text=True, check=True
