@@ -225,6 +225,8 @@ def main(
     dense = {name: timm.create_model(name, pretrained=False) for name in models}
     for compiler, name, batch in itertools.product(compilers, models, batches):
         records = end_to_end(dense[name], Setting(name, batch, compiler), device, DTYPES[dtype], budget)
+        if device == "cpu":
+            records = [{**record, "default_malloc": default_malloc} for record in records]
         show(records)
         if output:
             append(output, records, where)
