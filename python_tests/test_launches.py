@@ -57,7 +57,7 @@ class TestOnHost:
         with record_launches(library=host) as found:
             (result,) = simt.call("wpr", *ATTN)
         (only,) = found
-        assert only.kernel == "wpr::kernel<float, float, true>"
+        assert only.kernel == "wpr::kernel<float, float, true, false>"
         assert (only.grid, only.threads, only.num_sms) == ((6, 1, 1), 512, num_sms)
         # 16 warps' sums of 256 columns and 16 more numbers; scores before and after; the matrix, and room to align it.
         assert only.dynamic_shared == (16 * 256 + 16 + 2 * 33) * 4 + 8 + 33 * 33 * 4 + 16

@@ -17,11 +17,11 @@ Tensor wpr_cuda(Tensor attn, std::optional<Tensor> start, int64_t max_iters, dou
   TOKENPRUNE_DISPATCH(attn.scalar_type(), "wpr", [&] {
     using acc_t = accumulate_t<scalar_t>;
     using value_t = typename CudaType<scalar_t>::type;
-    bool fits = false;
-    check_cuda(wpr_fits<value_t, acc_t>(params, &fits), "wpr");
-    Tensor workspace = torch::stable::new_empty(out, {fits ? 0 : params.matrices * params.tokens});
+    int blocks = 0;
+    check_cuda(wpr_blocks<value_t, acc_t>(params, &blocks), "wpr");
+    Tensor workspace = torch::stable::new_empty(out, {blocks > 0 ? 0 : params.matrices * params.tokens});
     const acc_t* first = start.has_value() ? data_ptr<acc_t>(*start) : nullptr;
-    check_cuda(launch_wpr(params, fits, cuda_ptr<scalar_t>(attn), first, data_ptr<acc_t>(workspace),
+    check_cuda(launch_wpr(params, blocks, cuda_ptr<scalar_t>(attn), first, data_ptr<acc_t>(workspace),
                           data_ptr<acc_t>(out), scope.stream),
                "wpr");
   });

@@ -16,15 +16,15 @@ Tensor wpr_qk_cuda(Tensor q, Tensor k, double scale, std::optional<Tensor> start
   TOKENPRUNE_DISPATCH(q.scalar_type(), "wpr_qk", [&] {
     using acc_t = accumulate_t<scalar_t>;
     using value_t = typename CudaType<scalar_t>::type;
-    bool fits = false;
-    check_cuda(wpr_qk_fits<value_t, acc_t>(params, &fits), "wpr_qk");
-    Tensor workspace = torch::stable::new_empty(q, {wpr_qk_workspace(params, fits)}, dtype);
-    Tensor active = torch::stable::new_empty(q, {fits ? 0 : params.wpr.matrices}, ScalarType::Int);
+    int blocks = 0;
+    check_cuda(wpr_qk_blocks<value_t, acc_t>(params, &blocks), "wpr_qk");
+    Tensor workspace = torch::stable::new_empty(q, {wpr_qk_workspace(params, blocks)}, dtype);
+    Tensor active = torch::stable::new_empty(q, {blocks > 0 ? 0 : params.wpr.matrices}, ScalarType::Int);
     const acc_t* first = start.has_value() ? data_ptr<acc_t>(*start) : nullptr;
     Tensor rows = torch::stable::new_empty(q, {among.has_value() ? wpr_qk_rows(params) : 0});
     const int64_t* named = among.has_value() ? data_ptr<int64_t>(*among) : nullptr;
     with_tf32<scalar_t>(allow_tf32, [&](auto tf32) {
-      check_cuda(launch_wpr_qk<tf32()>(params, fits, cuda_ptr<scalar_t>(q), cuda_ptr<scalar_t>(k), first, named,
+      check_cuda(launch_wpr_qk<tf32()>(params, blocks, cuda_ptr<scalar_t>(q), cuda_ptr<scalar_t>(k), first, named,
                                        cuda_ptr<scalar_t>(rows), data_ptr<acc_t>(workspace), data_ptr<int>(active),
                                        data_ptr<acc_t>(out), scope.stream),
                  "wpr_qk");

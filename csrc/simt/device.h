@@ -190,25 +190,40 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
 inline uint32_t to_tf32(float value) { return simt::Tf32::round(value); }
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, SIMT_HERE) { simt::load_matrices(r, row, where); }
 
+inline int cluster_rank() { return simt::cluster_rank(); }
+inline void cluster_barrier(SIMT_HERE) { simt::cluster_barrier("cluster_barrier", where); }
+template <typename T>
+T cluster_read(const T* shared, int rank, SIMT_HERE) {
+  return *static_cast<const T*>(simt::in_cluster(shared, rank, where));
+}
+
 inline float fast_exp2(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.0f : y;
 }
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, cudaStream_t,
-                   Arguments... arguments) {
-  int limit = 0;
+cudaError_t launch_clusters(int blocks, void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes,
+                            cudaStream_t, Arguments... arguments) {
+  int limit = 0, clusters = 0;
   cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, 0);
   if (error != cudaSuccess) return error;
-  if (shared_bytes > limit || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
+  if ((blocks > 1 && !clusters) || shared_bytes > limit || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
+      grid.y > 65535 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
   bool execute = true;
   error = record_launch(reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes, &execute);
   if (error != cudaSuccess || !execute) return error;
-  simt::run(grid, dim3(threads), shared_bytes, [=] { kernel(static_cast<Parameters>(arguments)...); });
+  simt::run(grid, dim3(threads), shared_bytes, blocks, [=] { kernel(static_cast<Parameters>(arguments)...); });
   return cudaSuccess;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, cudaStream_t stream,
+                   Arguments... arguments) {
+  return launch_clusters(1, kernel, grid, threads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace tokenprune

@@ -25,7 +25,7 @@ dim3 block_size, grid_size;
 namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 1024;  // of a block
 
 struct Copy {
   void* to;
@@ -35,7 +35,7 @@ struct Copy {
   const void* code;
 };
 
-enum class State { kReady, kInWarpCall, kAtBarrier, kReturned };
+enum class State { kReady, kInWarpCall, kAtBarrier, kAtClusterBarrier, kReturned };
 
 struct Thread {
   State state = State::kReady;
@@ -50,16 +50,17 @@ struct Thread {
 
 // Stacks lie in one mapping, so that the race detector tells them from memory that threads share.
 struct Pool {
+  static constexpr size_t kBytes = kStackBytes * kMaxThreads * shared_memory::kMaxBlocks;
+
   char* stacks = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers;
 
   void ensure(int threads) {
     if (!stacks) {
-      void* memory = mmap(nullptr, kStackBytes * kMaxThreads, PROT_READ | PROT_WRITE,
-                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      void* memory = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (memory == MAP_FAILED) throw std::bad_alloc();
       stacks = static_cast<char*>(memory);
-      races::ignore(stacks, kStackBytes * kMaxThreads);
+      races::ignore(stacks, kBytes);
     }
     while (static_cast<int>(fibers.size()) < threads) {
       fibers.push_back(std::make_unique<Fiber>(stacks + fibers.size() * kStackBytes, kStackBytes));
@@ -67,8 +68,8 @@ struct Pool {
   }
   // After an error: threads that stopped half-way are forgotten, and their stacks are used again.
   void abandon() {
+    if (stacks) shared_memory::unpoison(stacks, fibers.size() * kStackBytes);
     fibers.clear();
-    if (stacks) shared_memory::unpoison(stacks, kStackBytes * kMaxThreads);
   }
 };
 
@@ -76,9 +77,19 @@ Pool pool;
 std::string order = "forward";
 std::mt19937_64 generator;
 
-std::vector<Thread> threads;
+struct Block {
+  int arrived = 0;    // threads at its barrier
+  int holding = 0;    // predicates that held at the last one
+  int returned = 0;   // threads
+  bool read = false;  // by another block, since the last barrier of the cluster
+};
+
+std::vector<Thread> threads;  // of all blocks of the cluster, one after the other
+std::vector<Block> blocks;
+int block_threads = 0;
+int64_t first_block = 0;
 int current = -1;  // the running thread, or -1: the scheduler
-int arrived = 0;   // at the block's barrier
+int arrived = 0;   // threads at the cluster's barrier
 std::string error;
 
 template <typename T>
@@ -87,7 +98,9 @@ void arrange(std::vector<T>& items) {
   if (order == "random") std::shuffle(items.begin(), items.end(), generator);
 }
 
-// All threads of the block, warp by warp; in the random order warps and the lanes inside are shuffled.
+int rank_of(int thread) { return thread / block_threads; }
+
+// All threads of the cluster, warp by warp; in the random order warps and the lanes inside are shuffled.
 std::vector<int> next_round() {
   const int count = static_cast<int>(threads.size());
   std::vector<int> warps((count + kLanes - 1) / kLanes);
@@ -155,8 +168,9 @@ void wait() {
   current = self;
 }
 
-void run_block(const std::function<void()>& body) {
+void run_cluster(const std::function<void()>& body) {
   for (Thread& thread : threads) thread = Thread();
+  for (Block& block : blocks) block = Block();
   for (size_t t = 0; t < threads.size(); ++t) pool.fibers[t]->start(&body);
   arrived = 0;
   size_t returned = 0;
@@ -166,13 +180,19 @@ void run_block(const std::function<void()>& body) {
       if (threads[t].state != State::kReady) continue;
       progress = true;
       current = t;
-      thread_index = index_of(t, block_size);
+      thread_index = index_of(t % block_threads, block_size);
+      block_index = index_of(first_block + rank_of(t), grid_size);
       races::enter_thread(t);
       pool.fibers[t]->resume();
       current = -1;
       if (error.empty() && !pool.fibers[t]->running_body()) {
         threads[t].state = State::kReturned;
         ++returned;
+        ++blocks[rank_of(t)].returned;
+        if (blocks[rank_of(t)].read) {
+          error = block_name() + ", " + thread_name(t) +
+                  ": returned while others may read the block's shared memory, with no cluster_barrier between";
+        }
         if (has_open_copies(threads[t])) {
           error = block_name() + ", " + thread_name(t) + ": returned without waiting for its asynchronous copies";
         }
@@ -197,25 +217,32 @@ void set_order(const std::string& name, uint64_t seed) {
   generator.seed(seed);
 }
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
+void run(dim3 grid, dim3 block, size_t shared_bytes, int cluster, const std::function<void()>& thread) {
   const int64_t count = static_cast<int64_t>(block.x) * block.y * block.z;
   if (count < 1 || count > kMaxThreads)
     throw std::runtime_error("a block has 1..1024 threads, got " + std::to_string(count));
-  pool.ensure(static_cast<int>(count));
-  threads.resize(count);
+  if (cluster < 1 || grid.x % cluster != 0 || (cluster > 1 && count % kLanes != 0)) {
+    throw std::runtime_error("clusters have whole warps and fill the grid along x, got " + std::to_string(cluster) +
+                             " blocks of " + std::to_string(count) + " threads in " + std::to_string(grid.x));
+  }
+  pool.ensure(static_cast<int>(count) * cluster);
+  threads.resize(count * cluster);
+  blocks.resize(cluster);
+  block_threads = static_cast<int>(count);
   block_size = block;
   grid_size = grid;
   error.clear();
   races::enter_launch();
 
-  std::vector<int64_t> blocks(static_cast<int64_t>(grid.x) * grid.y * grid.z);
-  std::iota(blocks.begin(), blocks.end(), int64_t(0));
-  arrange(blocks);
-  for (const int64_t b : blocks) {
-    block_index = index_of(b, grid);
-    races::enter_block(b);
-    shared_memory::enter_block(shared_bytes);
-    run_block(thread);
+  std::vector<int64_t> clusters(static_cast<int64_t>(grid.x) * grid.y * grid.z / cluster);
+  std::iota(clusters.begin(), clusters.end(), int64_t(0));
+  arrange(clusters);
+  for (const int64_t c : clusters) {
+    first_block = c * cluster;
+    block_index = index_of(first_block, grid);
+    races::enter_cluster(c, cluster, block_threads);
+    shared_memory::enter_cluster(cluster, shared_bytes);
+    run_cluster(thread);
     if (!error.empty()) break;
   }
   races::leave_launch();
@@ -275,36 +302,63 @@ void warp_call(const char* name, unsigned mask, void* slot, Combine combine, boo
 }
 
 int block_barrier(const char* name, bool predicate, const std::source_location& where) {
-  static int holding = 0;
   Thread& me = threads[current];
-  for (size_t t = 0; t < threads.size(); ++t) {
+  Block& block = blocks[rank_of(current)];
+  const int begin = rank_of(current) * block_threads, end = begin + block_threads;
+  for (int t = begin; t < end; ++t) {
     const Thread& other = threads[t];
     if (other.state != State::kAtBarrier) continue;
     if (same_call(other, name, where)) break;  // and so do all others that wait
-    fail("divergence: " + std::string(name) + " here, but " + thread_name(static_cast<int>(t)) + " is " +
-             activity(other),
-         where);
+    fail("divergence: " + std::string(name) + " here, but " + thread_name(t) + " is " + activity(other), where);
   }
   me.state = State::kAtBarrier;
   me.call = name;
   me.where = where;
   me.predicate = predicate;
-  if (++arrived < static_cast<int>(threads.size())) {
+  if (++block.arrived < block_threads) {
     wait();
-    return holding;
+    return block.holding;
   }
-  arrived = 0;
-  holding = 0;
-  for (Thread& thread : threads) {
-    holding += thread.predicate;
-    thread.state = State::kReady;
+  block.arrived = block.holding = 0;
+  for (int t = begin; t < end; ++t) {
+    block.holding += threads[t].predicate;
+    threads[t].state = State::kReady;
   }
   races::block_barrier();
-  return holding;
+  return block.holding;
 }
 
-void* dynamic_shared() { return shared_memory::dynamic(); }
-void* static_shared(const void* key, size_t bytes) { return shared_memory::find_or_add(key, bytes); }
+void cluster_barrier(const char* name, const std::source_location& where) {
+  Thread& me = threads[current];
+  me.state = State::kAtClusterBarrier;
+  me.call = name;
+  me.where = where;
+  if (++arrived < static_cast<int>(threads.size())) return wait();
+  arrived = 0;
+  for (Thread& thread : threads) thread.state = State::kReady;
+  for (Block& block : blocks) block.read = false;
+  races::cluster_barrier();
+}
+
+int cluster_rank() { return rank_of(current); }
+int cluster_size() { return static_cast<int>(blocks.size()); }
+
+const void* in_cluster(const void* memory, int rank, const std::source_location& where) {
+  if (rank < 0 || rank >= cluster_size()) {
+    fail("a cluster of " + std::to_string(cluster_size()) + " blocks has none of rank " + std::to_string(rank), where);
+  }
+  if (blocks[rank].returned > 0) {
+    fail("threads of the block of rank " + std::to_string(rank) + " have returned, and its shared memory may be gone",
+         where);
+  }
+  blocks[rank].read |= rank != cluster_rank();
+  const void* found = shared_memory::same_place(memory, cluster_rank(), rank);
+  if (!found) fail("only the dynamic shared memory of a block is known to the cluster", where);
+  return found;
+}
+
+void* dynamic_shared() { return shared_memory::dynamic(rank_of(current)); }
+void* static_shared(const void* key, size_t bytes) { return shared_memory::find_or_add(rank_of(current), key, bytes); }
 
 void copy_async(void* to, const void* from, size_t bytes, size_t filled, const std::source_location& where) {
   if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || (filled > 0 && reinterpret_cast<uintptr_t>(from) % bytes != 0)) {
@@ -342,6 +396,7 @@ std::string place(const std::source_location& where) {
 }
 
 std::string thread_name(int thread) {
+  thread %= block_threads;
   return "thread " + std::to_string(thread) + " (warp " + std::to_string(thread / kLanes) + ", lane " +
          std::to_string(thread % kLanes) + ")";
 }

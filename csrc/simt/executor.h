@@ -23,8 +23,9 @@ extern dim3 block_size, grid_size;
 // In which order the threads that may run do run: ascending, descending, or shuffled anew in every round.
 void set_order(const std::string& order, uint64_t seed);
 
-// Runs `thread` for every thread of the grid. Throws std::runtime_error when the kernel does what it must not.
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+// Runs `thread` for every thread of the grid, in clusters of so many blocks, side by side along x, that run together.
+// Throws std::runtime_error when the kernel does what it must not.
+void run(dim3 grid, dim3 block, size_t shared_bytes, int cluster, const std::function<void()>& thread);
 
 // The running thread reports an error: the launch ends with it. For calls from device code.
 [[noreturn]] void fail(const std::string& message, const std::source_location& where);
@@ -37,6 +38,16 @@ void warp_call(const char* name, unsigned mask, void* slot, Combine combine, boo
 
 // A barrier of the whole block; returns how many threads brought a predicate that holds.
 int block_barrier(const char* name, bool predicate, const std::source_location& where);
+
+// A barrier of all blocks of the cluster.
+void cluster_barrier(const char* name, const std::source_location& where);
+
+// The running block's place in its cluster, and how many blocks that has.
+int cluster_rank();
+int cluster_size();
+
+// Where the block of this rank has what the running block has at `memory`, in its shared memory.
+const void* in_cluster(const void* memory, int rank, const std::source_location& where);
 
 // Shared memory of the running block. It is filled with 0xff, NaN in every floating type, when the block starts.
 // `key` tells one declaration from another.

@@ -9,8 +9,9 @@ void ignore(const void*, size_t) {}
 void forget(const void*, size_t) {}
 void enter_launch() {}
 void leave_launch() {}
-void enter_block(int64_t) {}
+void enter_cluster(int64_t, int, int) {}
 void enter_thread(int) {}
+void cluster_barrier() {}
 void block_barrier() {}
 void warp_barrier(int, unsigned) {}
 void read(const void*, size_t, const void*) {}
@@ -36,9 +37,10 @@ enum class Kind : uint8_t { kNone, kRead, kWrite, kAtomic };
 
 struct Access {
   uintptr_t code = 0;  // return address of the hook: where in the kernel
-  uint32_t block = 0;
-  uint32_t epoch = 0;  // barriers the block had passed
-  uint32_t clock = 0;  // __syncwarps the thread had passed
+  uint32_t cluster = 0;
+  uint32_t cluster_epoch = 0;  // barriers the cluster had passed
+  uint32_t epoch = 0;          // barriers the block had passed
+  uint32_t clock = 0;          // __syncwarps the thread had passed
   int16_t thread = 0;
   Kind kind = Kind::kNone;
 };
@@ -64,10 +66,13 @@ bool active = false;
 uintptr_t ignored_begin = 0, ignored_end = 0;
 std::unordered_map<uintptr_t, std::unique_ptr<Page> > pages;
 bool pages_changed = false;  // some were removed
-std::vector<Clocks> clocks(1024);
-uint32_t block = 0;
+std::vector<Clocks> clocks;
+uint32_t cluster = 0, cluster_epoch = 0;
+int cluster_blocks = 1, block_threads = 1;
 int thread = 0;
-uint32_t epoch = 0;
+std::vector<uint32_t> epochs;  // of every block
+
+uint32_t& epoch() { return epochs[thread / block_threads]; }
 std::string found;
 
 Cell& cell_of(uintptr_t at) {
@@ -85,8 +90,10 @@ Cell& cell_of(uintptr_t at) {
 
 bool ordered(const Access& before) {
   if (before.kind == Kind::kNone) return true;
-  if (before.block != block) return false;
-  if (before.thread == thread || before.epoch < epoch) return true;
+  if (before.cluster != cluster) return false;
+  if (before.thread == thread || before.cluster_epoch < cluster_epoch) return true;
+  if (before.thread / block_threads != thread / block_threads) return false;
+  if (before.epoch < epoch()) return true;
   if (before.thread / kLanes != thread / kLanes) return false;
   return clocks[thread].seen[before.thread % kLanes] >= before.clock;
 }
@@ -105,8 +112,8 @@ std::string source_of(uintptr_t code) {
 
 std::string describe(const Access& access) {
   const char* kind = access.kind == Kind::kRead ? " reads" : access.kind == Kind::kWrite ? " writes" : " updates";
-  return "block " + std::to_string(access.block) + " " + thread_name(access.thread) + kind + " at " +
-         source_of(access.code);
+  const int64_t block = static_cast<int64_t>(access.cluster) * cluster_blocks + access.thread / block_threads;
+  return "block " + std::to_string(block) + " " + thread_name(access.thread) + kind + " at " + source_of(access.code);
 }
 
 void conflict(const Access& before, const Access& now, const void* memory) {
@@ -122,9 +129,10 @@ void check(const void* memory, size_t bytes, Kind kind, uintptr_t code) {
   auto at = reinterpret_cast<uintptr_t>(memory);
   if (at >= ignored_begin && at < ignored_end) return;
   Access now;
-  now.block = block;
+  now.cluster = cluster;
+  now.cluster_epoch = cluster_epoch;
   now.code = code;
-  now.epoch = epoch;
+  now.epoch = epoch();
   now.clock = clocks[thread].own;
   now.thread = static_cast<int16_t>(thread);
   now.kind = kind;
@@ -161,16 +169,20 @@ void enter_launch() {
   found.clear();
 }
 void leave_launch() { active = false; }
-void enter_block(int64_t number) {
-  block = static_cast<uint32_t>(number);
-  epoch = 0;
-  clocks.assign(clocks.size(), Clocks());
+void enter_cluster(int64_t number, int blocks, int threads) {
+  cluster = static_cast<uint32_t>(number);
+  cluster_epoch = 0;
+  cluster_blocks = blocks;
+  block_threads = threads;
+  epochs.assign(blocks, 0);
+  clocks.assign(static_cast<size_t>(blocks) * threads + kLanes, Clocks());
 }
 void enter_thread(int number) {
   thread = number;
   active = true;
 }
-void block_barrier() { ++epoch; }
+void cluster_barrier() { ++cluster_epoch; }
+void block_barrier() { ++epoch(); }
 void warp_barrier(int first_thread, unsigned mask) {
   for (int l = 0; l < kLanes; ++l) {
     for (int m = 0; m < kLanes; ++m) {

@@ -1,8 +1,8 @@
 // Finds accesses that no barrier orders. The kernels of the build `races` are compiled with -fsanitize=thread, whose
 // calls for every load and store end here instead of in its own run time: two threads race when one of them writes,
-// they touch the same two bytes, and no __syncthreads (in the block) or __syncwarp (in the warp) stands between;
-// threads of different blocks are never ordered. The result does not depend on the order in which the threads ran. In
-// the other builds nothing is recorded.
+// they touch the same two bytes, and no __syncthreads (in the block), __syncwarp (in the warp) or barrier of the
+// cluster stands between; threads of different clusters are never ordered. The result does not depend on the order in
+// which the threads ran. In the other builds nothing is recorded.
 #pragma once
 
 #include <cstddef>
@@ -16,9 +16,10 @@ void forget(const void* begin, size_t bytes);  // memory that starts anew
 
 void enter_launch();
 void leave_launch();
-void enter_block(int64_t block);
-void enter_thread(int thread);
-void block_barrier();
+void enter_cluster(int64_t cluster, int blocks, int block_threads);
+void enter_thread(int thread);  // threads are numbered through the blocks of the cluster
+void cluster_barrier();
+void block_barrier();  // of the block of the thread that entered last
 void warp_barrier(int first_thread, unsigned mask);
 
 // Accesses that the compiler does not report; `code` is an address in the function that makes them.

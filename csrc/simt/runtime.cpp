@@ -21,7 +21,8 @@ Attributes device(int major, int minor, int multiprocessors, int shared_per_bloc
           {cudaDevAttrMaxSharedMemoryPerBlock, 48 * 1024},
           {cudaDevAttrMaxSharedMemoryPerBlockOptin, shared_per_block * 1024},
           {cudaDevAttrMaxSharedMemoryPerMultiprocessor, shared_per_multiprocessor * 1024},
-          {cudaDevAttrMaxThreadsPerMultiProcessor, threads_per_multiprocessor}};
+          {cudaDevAttrMaxThreadsPerMultiProcessor, threads_per_multiprocessor},
+          {cudaDevAttrClusterLaunch, major >= 9}};
 }
 
 const std::map<std::string, Attributes> kDevices = {
@@ -71,14 +72,15 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "error of the simulated device";
 }
 
-// For the tests: which device there is, and in which order threads run. Returns 0, or 1 for unknown names.
+// For the tests: which device there is, and, unless null, in which order threads run. Returns 0, or 1 for unknown
+// names.
 __attribute__((visibility("default"))) int tokenprune_simt_configure(const char* device, const char* order,
                                                                      unsigned seed) {
   const auto found = kDevices.find(device);
   if (found == kDevices.end()) return 1;
   present = &found->second;
   try {
-    simt::set_order(order, seed);
+    if (order) simt::set_order(order, seed);
   } catch (const std::runtime_error&) {
     return 1;
   }

@@ -12,7 +12,7 @@ from ops import simt
 pytestmark = pytest.mark.skipif(not simt.available, reason="no CUDA toolkit: CUDA kernels not run on the host")
 
 RIGHT = (
-    *("warp_calls", "block_calls", "exchange", "exchange_in_warp", "copies"),
+    *("warp_calls", "block_calls", "exchange", "exchange_in_warp", "copies", "clusters"),
     *("mma_half", "mma_bfloat16", "mma_tf32"),
 )
 
@@ -31,11 +31,19 @@ MISTAKES = {
     "exchange_without_barrier": "race at .* no barrier between|wrong result: exchange",
     "exchange_in_warp_without_barrier": "race at .* no barrier between|wrong result: exchange",
     "too_much_shared": "invalid configuration argument",
+    "clusters_before_hopper": "invalid configuration argument",
+    "cluster_without_barrier": "race at .* no barrier between|wrong result: cluster_read",
+    "cluster_returns_early": r"executor.cpp:\d+: threads of the block of rank 2 have returned|"
+    r"thread \d+ .*: returned while others may read the block's shared memory, with no cluster_barrier between",
+    "cluster_misses_barrier": r"and 191 more: in cluster_barrier at \S+executor.cpp:\d+; .* and 63 more: returned",
+    "cluster_foreign_rank": "a cluster of 4 blocks has none of rank 4",
+    "cluster_static_shared": "only the dynamic shared memory of a block is known to the cluster",
     "broken_attn_colsum": "race at .* no barrier between|wrong result: a column sum is -?nan",
 }
 RACES = {
     "blocks_write_one_place": r"block \d thread 0 .* writes at executor.cpp:\d+; block \d thread 0 .* writes at",
     "exchange_without_barrier": r"block 0 thread \d+ .* (reads|writes) at executor.cpp:\d+; block 0 thread",
+    "cluster_without_barrier": r"block \d thread \d+ .* (reads|writes) at executor.cpp:\d+; block \d thread",
     "broken_attn_colsum": r"reads at common.cuh:\d+.* writes at attn_colsum.cuh:\d+|"
     r"writes at attn_colsum.cuh:\d+.* reads at common.cuh:\d+",
 }

@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.matrix import BATCHES, TOKENS, Backend, OpMatrix, Sample, attention, each_backend, sizes
+from ops import simt
+from ops.matrix import BATCHES, TOKENS, Backend, OpMatrix, Sample, attention, each_backend, on_host, sizes
 from torch import Tensor
 
 from tokenprune_ext import ops
+from tokenprune_ext.launches import record_launches
 
 
 def class_start(tokens: int) -> Tensor:
@@ -72,6 +74,30 @@ def test_every_head_stops_on_its_own(backend: Backend, tokens: int) -> None:
             stops.add(iterations)
             torch.testing.assert_close(result[image, head].cpu(), expected, rtol=1e-12, atol=1e-12)
     assert len(stops) >= 3, f"the heads were meant to stop at different iterations, got {stops}"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "blocks"), [(263, torch.float32, 2), (300, torch.float64, 4), (560, torch.float64, 0)]
+)
+@pytest.mark.parametrize("backend", [on_host("sm_90")])
+def test_the_blocks_of_a_cluster_hold_a_matrix(backend: Backend, tokens: int, dtype: torch.dtype, blocks: int) -> None:
+    """Rows that do not divide evenly, heads that stop on their own; more than eight blocks hold is read again."""
+    sharpness = torch.tensor([0.5, 8.0], dtype=torch.float64)[:, None, None]
+    generator = torch.Generator().manual_seed(tokens)
+    attn = (torch.randn(1, 2, tokens, tokens, generator=generator, dtype=torch.float64) * sharpness).softmax(-1)
+    simt.configure(backend.architecture)
+    with record_launches(execute=False, library=simt.path()) as found:
+        simt.call("wpr", attn.to(dtype), None, 1, 0.0)
+    assert [launch.grid for launch in found] == [(2 * max(blocks, 1), 1, 1)]
+    if blocks == 0:
+        return
+    (result,) = backend.run("wpr", attn.to(dtype), class_start(tokens).to(dtype), 5, 1e-2)
+    expected = [iterate(attn[0, head], class_start(tokens), 5, 1e-2) for head in range(2)]
+    assert [iterations for _, iterations in expected] == [3, 5]
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(
+        result[0].double(), torch.stack([s for s, _ in expected]), rtol=tolerance, atol=tolerance
+    )
 
 
 @each_backend

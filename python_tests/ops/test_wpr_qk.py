@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from ops.matrix import BATCHES, TOKENS, Backend, OpMatrix, Sample, each_backend, queries_and_keys, sizes
+from ops import simt
+from ops.matrix import BATCHES, TOKENS, Backend, OpMatrix, Sample, each_backend, on_host, queries_and_keys, sizes
 from ops.test_wpr import class_start, iterate
 
 from tokenprune_ext import ops
+from tokenprune_ext.launches import record_launches
 
 CHANNELS = (1, 8, 20, 32, 64, 72, 80, 96, 128)
 
@@ -77,6 +79,28 @@ def test_every_head_stops_on_its_own(backend: Backend, tokens: int) -> None:
         stops.add(iterations)
         torch.testing.assert_close(result[0, head].cpu(), expected, rtol=1e-10, atol=1e-10)
     assert len(stops) >= 3, f"the heads were meant to stop at different iterations, got {stops}"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "blocks"), [(341, torch.float16, 2), (260, torch.float64, 4), (900, torch.float16, 0)]
+)
+@pytest.mark.parametrize("backend", [on_host("sm_90")])
+def test_the_blocks_of_a_cluster_hold_a_matrix(backend: Backend, tokens: int, dtype: torch.dtype, blocks: int) -> None:
+    """Each block forms its rows, which do not divide evenly; more than eight blocks hold is formed again."""
+    q, k = (t.to(dtype) for t in queries_and_keys(1, 2, tokens, 8, tokens))
+    simt.configure(backend.architecture)
+    with record_launches(execute=False, library=simt.path()) as found:
+        simt.call("wpr_qk", q, k, 0.3, None, 1, 0.0)
+    resident = [launch.grid for launch in found if "resident_kernel" in launch.kernel]
+    assert resident == [(2 * blocks, 1, 1)] * (blocks > 0)
+    if blocks == 0:
+        return
+    start = class_start(tokens).to(torch.promote_types(dtype, torch.float32))
+    (result,) = backend.run("wpr_qk", q, k, 0.3, start, 4, 0.0)
+    attn = (q.double() @ k.double().transpose(-2, -1) * 0.3).softmax(-1)
+    expected = torch.stack([iterate(attn[0, head], class_start(tokens), 4, 0.0)[0] for head in range(2)])
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-3  # the probabilities are held in float16
+    torch.testing.assert_close(result[0].double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @each_backend

@@ -121,7 +121,8 @@ def wpr(attn: Tensor, start: Tensor | None = None, max_iters: int = 30, tol: flo
     """Weighted page rank: power iteration ``s <- A^T s`` of every image and head.
 
     There is no damping and no renormalisation. The rows of a softmax sum to 1, so the sum of ``s`` is kept, and with
-    the default start the scores have mean 1.
+    the default start the scores have mean 1. A GPU reads a matrix once where it fits on chip (in 16-bit dtypes about
+    270 tokens, and 890 where blocks form clusters: compute capability 9.0), else in every iteration.
 
     Args:
         attn: attention probabilities, rows are queries, ``[B, H, N, N]``; float16, bfloat16, float32 or float64.

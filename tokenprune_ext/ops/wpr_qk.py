@@ -161,11 +161,11 @@ def wpr_qk(
 ) -> Tensor:
     """Weighted page rank of ``softmax(q k^T * scale)`` for every image and head, without the attention matrix.
 
-    The same scores as :func:`wpr`. A matrix that fits on chip (about 260 tokens in 16-bit dtypes on a GPU) is
-    formed there once; for more tokens it is formed again, tile by tile, in every iteration, so memory beyond the inputs
-    grows with N, not with its square. A CPU holds matrices of up to 2 MiB whole, one a thread; of a larger one, all
-    threads together hold 48 MiB (3520 tokens in float32), which they leave to later calls, and form the rest again.
-    (The gradient forms the matrix.)
+    The same scores as :func:`wpr`. A matrix that fits on chip (in 16-bit dtypes about 260 tokens on a GPU, and 890
+    where blocks form clusters: compute capability 9.0) is formed there once; for more tokens it is formed again, tile
+    by tile, in every iteration, so memory beyond the inputs grows with N, not with its square. A CPU holds matrices of
+    up to 2 MiB whole, one a thread; of a larger one, all threads together hold 48 MiB (3520 tokens in float32), which
+    they leave to later calls, and form the rest again. (The gradient forms the matrix.)
 
     Args:
         q: queries ``[B, H, N, d]``; float16, bfloat16, float32 or float64. Views of a packed qkv tensor are not copied.

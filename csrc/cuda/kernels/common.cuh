@@ -119,14 +119,24 @@ __device__ value_t* copy_to_shared(unsigned char* base, const value_t* from, int
   return to;
 }
 
-// Whether a block of the current device can have this much shared memory.
-inline cudaError_t fits_shared_memory(int64_t bytes, bool* fits) {
-  int device = 0, limit = 0;
+// The fewest blocks that hold something together when each of them has bytes(blocks) of shared memory: 1, or where the
+// current device has clusters 2, 4 or 8, the most that every such device can run; 0 when none do.
+template <typename Bytes>
+cudaError_t blocks_that_hold(Bytes bytes, int* blocks) {
+  int device = 0, limit = 0, clusters = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  *fits = bytes <= limit;
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
+  const int most = clusters ? 8 : 1;
+  *blocks = 1;
+  while (*blocks <= most && bytes(*blocks) > limit) *blocks *= 2;
+  if (*blocks > most) *blocks = 0;
   return error;
 }
+
+// Rows of an n x n matrix that each of the blocks holds which hold it together, at most.
+constexpr int64_t rows_of_block(int64_t n, int blocks) { return ceil_div<int64_t>(n, blocks); }
 
 }  // namespace tokenprune

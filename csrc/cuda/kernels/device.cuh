@@ -97,11 +97,49 @@ __device__ inline float fast_exp2(float x) {
   return y;
 }
 
+// ---- Clusters: blocks that run at the same time and read each other's shared memory; sm_90 and later ----
+// The block's place in its cluster.
+__device__ inline int cluster_rank() {
+  unsigned rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+#endif
+  return static_cast<int>(rank);
+}
+// All threads of all its blocks wait for each other, and see what the others wrote before.
+__device__ inline void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;\n" ::: "memory");
+#else
+  __trap();
+#endif
+}
+// What the block of this rank has at the same place of its dynamic shared memory. It must not have returned.
+template <typename T>
+__device__ inline T cluster_read(const T* shared, int rank) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  T value{};
+#if __CUDA_ARCH__ >= 900
+  const auto own = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  uint32_t other;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(other) : "r"(own), "r"(rank));
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("ld.shared::cluster.f32 %0, [%1];\n" : "=f"(value) : "r"(other) : "memory");
+  } else {
+    asm volatile("ld.shared::cluster.f64 %0, [%1];\n" : "=d"(value) : "r"(other) : "memory");
+  }
+#else
+  __trap();
+#endif
+  return value;
+}
+
 // ---- Launches ----
-// Asks for `shared_bytes` of shared memory, which may be more than the 48 KiB that need no asking.
+// In clusters of so many blocks along x. Asks for `shared_bytes` of shared memory, which may be more than the 48 KiB
+// that need no asking.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, cudaStream_t stream,
-                   Arguments... arguments) {
+cudaError_t launch_clusters(int blocks, void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes,
+                            cudaStream_t stream, Arguments... arguments) {
   constexpr int64_t kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
     const cudaError_t error =
@@ -116,7 +154,19 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(blocks);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = blocks > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, cudaStream_t stream,
+                   Arguments... arguments) {
+  return launch_clusters(1, kernel, grid, threads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace tokenprune

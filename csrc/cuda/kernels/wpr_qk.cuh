@@ -1,8 +1,8 @@
-// Weighted page rank from queries and keys. A matrix that fits is formed in the shared memory of one multiprocessor and
-// iterated there (resident_kernel). For more tokens every iteration forms the products again, spread over the whole
-// device: two launches an iteration, which leave out the heads that have converged. Where only some tokens are ranked,
-// take_kernel lays their rows side by side first: tiles of rows are read again and again, and a kernel that forms
-// products has no registers left for looking rows up.
+// Weighted page rank from queries and keys. A matrix that fits is formed in the shared memory of one block, or of those
+// of a cluster, each some of its rows, and iterated there (resident_kernel). For more tokens every iteration forms the
+// products again, spread over the whole device: two launches an iteration, which leave out the heads that have
+// converged. Where only some tokens are ranked, take_kernel lays their rows side by side first: tiles of rows are read
+// again and again, and a kernel that forms products has no registers left for looking rows up.
 #pragma once
 
 #include "../../ops/wpr_qk_params.h"
@@ -12,7 +12,7 @@
 namespace tokenprune {
 namespace wpr_qk {
 
-// Probabilities of 16-bit inputs are held as half, so that matrices of about 250 tokens fit.
+// Probabilities of 16-bit inputs are held as half, so that matrices of about 250 tokens fit one block.
 template <typename value_t>
 struct Resident {
   using type = value_t;
@@ -24,64 +24,70 @@ struct Resident<__nv_bfloat16> {
 
 // The factors of the rows come first, then the tiles of q and k, whose place the iteration uses again, then the matrix.
 template <typename acc_t>
-constexpr int64_t tiles_offset(int64_t tokens) {
-  return ceil_div<int64_t>(tokens * static_cast<int64_t>(sizeof(acc_t)), 16) * 16;
+constexpr int64_t tiles_offset(int64_t tokens, int blocks) {
+  return ceil_div<int64_t>(rows_of_block(tokens, blocks) * static_cast<int64_t>(sizeof(acc_t)), 16) * 16;
 }
 template <typename value_t, typename acc_t>
-constexpr int64_t matrix_offset(int64_t tokens) {
-  const int64_t scores = wpr::scratch_bytes<acc_t>() + wpr::staged_scores_bytes<acc_t>(tokens);
+constexpr int64_t matrix_offset(int64_t tokens, int blocks) {
+  const int64_t scores = wpr::scratch_bytes<acc_t>(tokens, blocks);
   const int64_t tiles = tile::shared_bytes<value_t>();
-  return tiles_offset<acc_t>(tokens) + ceil_div<int64_t>(tiles > scores ? tiles : scores, 16) * 16;
+  return tiles_offset<acc_t>(tokens, blocks) + ceil_div<int64_t>(tiles > scores ? tiles : scores, 16) * 16;
 }
 template <typename value_t, typename acc_t>
-constexpr int64_t resident_bytes(int64_t tokens) {
+constexpr int64_t resident_bytes(int64_t tokens, int blocks) {
   using resident_t = typename Resident<value_t>::type;
-  return matrix_offset<value_t, acc_t>(tokens) + tokens * tokens * static_cast<int64_t>(sizeof(resident_t));
+  const int64_t numbers = rows_of_block(tokens, blocks) * tokens;
+  return matrix_offset<value_t, acc_t>(tokens, blocks) + numbers * static_cast<int64_t>(sizeof(resident_t));
 }
 
-template <bool kTf32, typename value_t, typename acc_t>
-__global__ void __launch_bounds__(wpr::kThreads, 1) resident_kernel(qk::Operands<value_t> in, WprParams params,
-                                                                    const acc_t* lse,    // [matrices, n]
-                                                                    const acc_t* start,  // [n], [matrices, n] or null
-                                                                    acc_t* out) {        // [matrices, n]
+template <bool kTf32, bool kCluster, typename value_t, typename acc_t>
+__global__ void __launch_bounds__(wpr::kThreads, 1)
+    resident_kernel(qk::Operands<value_t> in, WprParams params, int blocks,
+                    const acc_t* lse,    // [matrices, n]
+                    const acc_t* start,  // [n], [matrices, n] or null
+                    acc_t* out) {        // [matrices, n]
   using resident_t = typename Resident<value_t>::type;
   const QkParams& p = in.params;
   const int n = static_cast<int>(params.tokens);
-  const int64_t matrix = blockIdx.x;
+  const int64_t matrix = kCluster ? blockIdx.x / blocks : blockIdx.x;
   acc_t* row_scale = reinterpret_cast<acc_t*>(dynamic_shared());
-  unsigned char* shared = dynamic_shared() + tiles_offset<acc_t>(n);
-  resident_t* attn = reinterpret_cast<resident_t*>(dynamic_shared() + matrix_offset<value_t, acc_t>(n));
+  unsigned char* shared = dynamic_shared() + tiles_offset<acc_t>(n, blocks);
+  resident_t* attn = reinterpret_cast<resident_t*>(dynamic_shared() + matrix_offset<value_t, acc_t>(n, blocks));
+  const wpr::Rows rows = kCluster ? wpr::rows_of_rank(n, blocks) : wpr::Rows{0, n};
+  const int end = rows.first + rows.count;
 
-  const auto queries = in.queries(matrix / p.heads, matrix % p.heads, n);
+  const auto queries = in.queries(matrix / p.heads, matrix % p.heads, end);
   const auto keys = in.keys(matrix / p.heads, matrix % p.heads);
   const acc_t scale = static_cast<acc_t>(p.scale);
   tile::Fragment<acc_t, wpr::kThreads> terms;
-  for (int first = 0; first < n; first += tile::kRows) {
+  for (int first = rows.first; first < end; first += tile::kRows) {
     for (int column = 0; column < n; column += tile::kRows) {
       tile::product<kTf32>(shared, queries, first, keys, column, static_cast<int>(p.channels), in.vectors, terms);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = first + terms.row(i);
-        if (row >= n) continue;
+        if (row >= end) continue;
         const acc_t shift = lse[matrix * n + row];
 #pragma unroll
         for (int j = 0; j < terms.kGroups; ++j) {
           const int k = column + terms.column(j, i);
-          if (k < n) attn[row * n + k] = static_cast<resident_t>(qk::exponential(terms.value[j][i] * scale - shift));
+          if (k < n)
+            attn[(row - rows.first) * n + k] =
+                static_cast<resident_t>(qk::exponential(terms.value[j][i] * scale - shift));
         }
       }
     }
   }
   __syncthreads();  // the tiles have been read, the matrix is there
   // Rounding leaves rows that do not quite sum to 1; many iterations would make the scores drift.
-  for (int row = threadIdx.x / kWarpSize; row < n; row += wpr::kWarps) {
+  for (int row = threadIdx.x / kWarpSize; row < rows.count; row += wpr::kWarps) {
     acc_t sum = 0;
     for (int k = threadIdx.x % kWarpSize; k < n; k += kWarpSize) sum += to_acc<acc_t>(attn[row * n + k]);
     sum = warp_sum(sum);
     if (threadIdx.x % kWarpSize == 0) row_scale[row] = acc_t(1) / sum;
   }
-  const wpr::Scratch<acc_t> scratch(reinterpret_cast<acc_t*>(shared), n);
-  wpr::iterate<resident_t, acc_t>(params, attn, scratch, row_scale, start, out + matrix * n);
+  const wpr::Scratch<acc_t> scratch(shared, n);
+  wpr::iterate<kCluster>(params, matrix, attn, rows, scratch, blocks, row_scale, start, out + matrix * n);
 }
 
 constexpr int kThreads = 256;
@@ -179,15 +185,16 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(WprParams params, int
 
 }  // namespace wpr_qk
 
-// How a matrix is iterated on the current device.
+// In how many blocks' shared memory a matrix lies on the current device; in none, it is formed in every iteration.
 template <typename value_t, typename acc_t>
-cudaError_t wpr_qk_fits(const WprQkParams& params, bool* fits) {
-  return fits_shared_memory(wpr_qk::resident_bytes<value_t, acc_t>(params.qk.tokens), fits);
+cudaError_t wpr_qk_blocks(const WprQkParams& params, int* blocks) {
+  const auto bytes = [&](int count) { return wpr_qk::resident_bytes<value_t, acc_t>(params.qk.tokens, count); };
+  return blocks_that_hold(bytes, blocks);
 }
 
-// Numbers of the workspace: the lse and, unless matrices fit, the sums of the tiles.
-inline int64_t wpr_qk_workspace(const WprQkParams& params, bool fits) {
-  return params.wpr.matrices * params.qk.tokens * (1 + (fits ? 0 : qk::row_tiles(0, params.qk.tokens)));
+// Numbers of the workspace: the lse and, unless matrices are held, the sums of the tiles.
+inline int64_t wpr_qk_workspace(const WprQkParams& params, int blocks) {
+  return params.wpr.matrices * params.qk.tokens * (1 + (blocks > 0 ? 0 : qk::row_tiles(0, params.qk.tokens)));
 }
 
 // Numbers that a copy of the ranked tokens' queries and keys takes.
@@ -196,11 +203,12 @@ inline int64_t wpr_qk_rows(const WprQkParams& params) {
 }
 
 template <bool kTf32, typename value_t, typename acc_t>
-cudaError_t launch_wpr_qk(const WprQkParams& params, bool fits, const value_t* q, const value_t* k, const acc_t* start,
+cudaError_t launch_wpr_qk(const WprQkParams& params, int held_by, const value_t* q, const value_t* k,
+                          const acc_t* start,
                           const int64_t* among,  // [batch, named], or null: all tokens
                           value_t* rows,         // of wpr_qk_rows; unused when all tokens are ranked
                           acc_t* workspace,
-                          int* active,  // [matrices]; unused when matrices fit
+                          int* active,  // [matrices]; unused when blocks hold a matrix
                           acc_t* out, cudaStream_t stream) {
   const WprParams& wpr = params.wpr;
   if (wpr.matrices == 0) return cudaSuccess;
@@ -211,9 +219,12 @@ cudaError_t launch_wpr_qk(const WprQkParams& params, bool fits, const value_t* q
   error = qk::launch_lse<kTf32>(in, 0, wpr.tokens, lse, stream);
   if (error != cudaSuccess) return error;
   const auto matrices = static_cast<unsigned>(wpr.matrices);
-  if (fits) {
-    return launch(wpr_qk::resident_kernel<kTf32, value_t, acc_t>, matrices, wpr::kThreads,
-                  wpr_qk::resident_bytes<value_t, acc_t>(wpr.tokens), stream, in, wpr, lse, start, out);
+  if (held_by > 0) {
+    auto* kernel = held_by == 1 ? wpr_qk::resident_kernel<kTf32, false, value_t, acc_t>
+                                : wpr_qk::resident_kernel<kTf32, true, value_t, acc_t>;
+    return launch_clusters(held_by, kernel, matrices * held_by, wpr::kThreads,
+                           wpr_qk::resident_bytes<value_t, acc_t>(wpr.tokens, held_by), stream, in, wpr, held_by, lse,
+                           start, out);
   }
   acc_t* partial = lse + wpr.matrices * wpr.tokens;
   const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(wpr.matrices * wpr.tokens, wpr_qk::kThreads));

@@ -5,6 +5,8 @@
 
 using namespace tokenprune;
 
+extern "C" int tokenprune_simt_configure(const char* device, const char* order, unsigned seed);
+
 namespace {
 
 // ---- Right ----
@@ -53,6 +55,36 @@ void block_calls() {
   expect(out[0] == first + kThreads / 2 + 1, "barriers of block 0");
   expect(out[1] == first + kThreads * kThreads + kThreads / 2 + 1, "barriers of block 1");
   expect(out[2] == 2 * kThreads, "atomicAdd");
+}
+
+// Two numbers a thread, in clusters of four blocks; each block passes its rank around.
+enum class Mistake { kNone, kNoBarrier, kReturnsEarly, kMissesBarrier, kForeignRank, kStaticShared };
+constexpr int kCluster = 4;
+
+template <Mistake kMistake>
+__global__ void cluster_kernel(int* out) {
+  int* const shared = reinterpret_cast<int*>(dynamic_shared());
+  TOKENPRUNE_SHARED(int, fixed, 64);
+  int* const own = kMistake == Mistake::kStaticShared ? fixed : shared + 64;
+  const int rank = cluster_rank();
+  own[threadIdx.x] = 1000 * blockIdx.x + threadIdx.x;
+  if (kMistake == Mistake::kMissesBarrier && rank == 1) return;
+  if (kMistake != Mistake::kNoBarrier) cluster_barrier();
+  if (kMistake == Mistake::kReturnsEarly && rank == 2) return;
+  const int next = (rank + 1) % (kMistake == Mistake::kForeignRank ? kCluster + 1 : kCluster);
+  out[blockIdx.x * 64 + threadIdx.x] = cluster_read(own + 63 - threadIdx.x, next);
+  cluster_barrier();
+}
+
+template <Mistake kMistake>
+void clusters() {
+  std::vector<int> out(8 * 64);
+  check(tokenprune_simt_configure("sm_90", nullptr, 0) == 0 ? cudaSuccess : cudaErrorInvalidConfiguration);
+  check(launch_clusters(kCluster, cluster_kernel<kMistake>, 8, 64, 128 * sizeof(int), nullptr, out.data()));
+  for (int i = 0; i < 8 * 64; ++i) {
+    const int block = i / 64, next = block / kCluster * kCluster + (block + 1) % kCluster;
+    expect(out[i] == 1000 * next + 63 - i % 64, "cluster_read");
+  }
 }
 
 // ---- Wrong ----
@@ -154,6 +186,14 @@ std::vector<Case> executor_cases() {
       {"exchange", [] { exchange<exchange_kernel<true>>(64); }},
       {"exchange_in_warp", [] { exchange<exchange_in_warp_kernel<true>>(32); }},
       {"copies", copies<true, true>},
+      {"clusters", clusters<Mistake::kNone>},
+      {"cluster_without_barrier", clusters<Mistake::kNoBarrier>},
+      {"cluster_returns_early", clusters<Mistake::kReturnsEarly>},
+      {"cluster_misses_barrier", clusters<Mistake::kMissesBarrier>},
+      {"cluster_foreign_rank", clusters<Mistake::kForeignRank>},
+      {"cluster_static_shared", clusters<Mistake::kStaticShared>},
+      {"clusters_before_hopper",
+       [] { check(launch_clusters(2, cluster_kernel<Mistake::kNone>, 2, 64, 512, nullptr, nullptr)); }},
       {"divergent_barrier", [] { check(launch(divergent_barrier_kernel, 1, 64, 0, nullptr)); }},
       {"early_return", [] { check(launch(early_return_kernel, 1, 64, 0, nullptr)); }},
       {"absent_lane",
