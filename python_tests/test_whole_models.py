@@ -64,5 +64,7 @@ def test_overheads(bench: Path, tmp_path: Path) -> None:
     assert len(output.read_text().splitlines()) == len(methods.available()) - 1
     for name in set(methods.available()) - {"dense"}:
         assert name in result.output
-    record = overhead.overheads("topk", "cpu", 0.0)
-    assert all(record[f"{block}_s"] > 0 for block in overhead.BLOCKS)
+    for no_grad, mode in ((False, "inference_mode"), (True, "no_grad")):
+        record = overhead.overheads("topk", "cpu", 0.0, no_grad)
+        assert record["mode"] == mode
+        assert all(record[f"{block}_s"] > 0 for block in overhead.BLOCKS)

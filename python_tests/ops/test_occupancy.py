@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokenprune_ext import ops
 from tokenprune_ext.launches import record_launches
 
 
@@ -20,7 +19,7 @@ def test_occupancy_on_cuda(bench: Path, execute: bool) -> None:
     for dtype in calls.DTYPES:
         for op, args in calls.operator_calls("cuda", dtype).items():
             with record_launches(execute=execute) as found:
-                getattr(ops, op)(*args)
+                getattr(torch.ops.tokenprune, op)(*args)
             assert found, op
             for seen in found:
                 assert seen.num_sms == torch.cuda.get_device_properties(0).multi_processor_count

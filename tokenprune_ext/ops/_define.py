@@ -63,7 +63,10 @@ def _call(operator: Any, fake: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(args[place], bool):  # torch would take it for 0 or 1
                 raise TypeError(f"{name} must be an int, got {args[place]!r}")
         try:
-            return operator(*args)
+            if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+                return operator(*args)
+            with torch._C._AutoDispatchBelowAutograd():  # else torch asks Python whether there is a gradient
+                return operator(*args)
         except Exception as error:
             refused = error
         fake(*args)

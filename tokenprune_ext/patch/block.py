@@ -124,7 +124,7 @@ def _reduce(plan: BlockPlan, state: TokenState, x: Tensor, projected: Projected,
     if state.bias is not None:
         bias = state.bias if bias is None else bias + state.bias
     traced = torch.compiler.is_compiling()
-    if traced or not torch.is_inference_mode_enabled():  # there, nothing has a gradient anyway
+    if traced or torch.is_grad_enabled():
         q, k, v, bias = q.detach(), k.detach(), v.detach(), None if bias is None else bias.detach()
     context = AttentionContext(
         x=x,
