@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "../cuda/kernels/clusters.h"
 #include "../cuda/kernels/record_launch.h"
 #include "executor.h"
 #include "matrix.h"
@@ -205,16 +206,16 @@ inline float fast_exp2(float x) {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_clusters(int blocks, void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes,
                             cudaStream_t, Arguments... arguments) {
-  int limit = 0, clusters = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, 0);
+  const void* const address = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = ask_for_shared(address, shared_bytes);
+  bool allowed = true;
+  if (error == cudaSuccess && blocks > 1) error = runs_in_clusters(address, blocks, threads, shared_bytes, &allowed);
   if (error != cudaSuccess) return error;
-  if ((blocks > 1 && !clusters) || shared_bytes > limit || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
-      grid.y > 65535 || grid.z > 65535) {
+  if (!allowed || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
   bool execute = true;
-  error = record_launch(reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes, &execute);
+  error = record_launch(address, grid, threads, shared_bytes, &execute);
   if (error != cudaSuccess || !execute) return error;
   simt::run(grid, dim3(threads), shared_bytes, blocks, [=] { kernel(static_cast<Parameters>(arguments)...); });
   return cudaSuccess;

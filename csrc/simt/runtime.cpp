@@ -10,27 +10,38 @@
 
 namespace {
 
-using Attributes = std::map<cudaDeviceAttr, int>;
+struct Device {
+  std::map<cudaDeviceAttr, int> attributes;
+  int ptx_version;  // of the code it runs
+};
 
 // CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and the devices' data sheets.
-Attributes device(int major, int minor, int multiprocessors, int shared_per_block, int shared_per_multiprocessor,
-                  int threads_per_multiprocessor) {
-  return {{cudaDevAttrComputeCapabilityMajor, major},
-          {cudaDevAttrComputeCapabilityMinor, minor},
-          {cudaDevAttrMultiProcessorCount, multiprocessors},
-          {cudaDevAttrMaxSharedMemoryPerBlock, 48 * 1024},
-          {cudaDevAttrMaxSharedMemoryPerBlockOptin, shared_per_block * 1024},
-          {cudaDevAttrMaxSharedMemoryPerMultiprocessor, shared_per_multiprocessor * 1024},
-          {cudaDevAttrMaxThreadsPerMultiProcessor, threads_per_multiprocessor},
-          {cudaDevAttrClusterLaunch, major >= 9}};
+Device device(int major, int minor, int multiprocessors, int shared_per_block, int shared_per_multiprocessor,
+              int threads_per_multiprocessor) {
+  return {{{cudaDevAttrComputeCapabilityMajor, major},
+           {cudaDevAttrComputeCapabilityMinor, minor},
+           {cudaDevAttrMultiProcessorCount, multiprocessors},
+           {cudaDevAttrMaxSharedMemoryPerBlock, 48 * 1024},
+           {cudaDevAttrMaxSharedMemoryPerBlockOptin, shared_per_block * 1024},
+           {cudaDevAttrMaxSharedMemoryPerMultiprocessor, shared_per_multiprocessor * 1024},
+           {cudaDevAttrMaxThreadsPerMultiProcessor, threads_per_multiprocessor},
+           {cudaDevAttrClusterLaunch, major >= 9}},
+          10 * major + minor};
 }
 
-const std::map<std::string, Attributes> kDevices = {
+Device with_ptx(Device device, int version) {
+  device.ptx_version = version;
+  return device;
+}
+
+const std::map<std::string, Device> kDevices = {
     {"sm_80", device(8, 0, 108, 163, 164, 2048)},  // A100
     {"sm_87", device(8, 7, 16, 163, 164, 1536)},   // Jetson AGX Orin
     {"sm_90", device(9, 0, 132, 227, 228, 2048)},  // H100, H200
+    {"sm_90, PTX of sm_80", with_ptx(device(9, 0, 132, 227, 228, 2048), 80)},
+    {"sm_90, 4 multiprocessors", device(9, 0, 4, 227, 228, 2048)},  // a part of one, smaller than there are
 };
-const Attributes* present = &kDevices.at("sm_80");
+const Device* present = &kDevices.at("sm_80");
 
 }  // namespace
 
@@ -42,7 +53,7 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = present->at(attribute);  // out_of_range: add the attribute above
+  *value = present->attributes.at(attribute);  // out_of_range: add the attribute above
   return cudaSuccess;
 }
 
@@ -61,15 +72,28 @@ cudaError_t cudaFuncGetName(const char** name, const void* kernel) {
 // Only ptxas knows what a kernel takes, and with it how many blocks a multiprocessor holds: 0 stands for that.
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   *attributes = {};
+  attributes->ptxVersion = present->ptx_version;
   return cudaSuccess;
 }
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
+  const bool shared = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
+  const int most = present->attributes.at(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return shared && value <= most ? cudaSuccess : cudaErrorInvalidValue;
+}
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
+  const auto blocks = static_cast<int>(config->attrs->val.clusterDim.x);
+  *clusters = present->attributes.at(cudaDevAttrMultiProcessorCount) / blocks;
+  return *clusters > 0 ? cudaSuccess : cudaErrorInvalidClusterSize;
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
   *blocks = 0;
   return cudaSuccess;
 }
 
 const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "error of the simulated device";
+  if (error == cudaErrorInvalidConfiguration) return "invalid configuration argument";
+  return error == cudaErrorInvalidValue ? "invalid argument" : "error of the simulated device";
 }
 
 // For the tests: which device there is, and, unless null, in which order threads run. Returns 0, or 1 for unknown

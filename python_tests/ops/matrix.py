@@ -51,11 +51,12 @@ class Backend:
         return result if isinstance(result, tuple) else (result,)
 
 
-def on_host(architecture: str) -> Any:
-    """The CUDA kernels on the host, as a test parameter."""
+def on_host(architecture: str, *more: Any) -> Any:
+    """The CUDA kernels on the host, as a test parameter; with the others of the test, if there are some."""
     reason = "no CUDA toolkit: CUDA kernels not run on the host"
     marks = [pytest.mark.simt, pytest.mark.skipif(not simt.available, reason=reason)]
-    return pytest.param(Backend("simt", architecture), marks=marks, id=f"simt-{architecture}")
+    name = "-".join(map(str, ("simt", architecture, *more)))
+    return pytest.param(Backend("simt", architecture), *more, marks=marks, id=name)
 
 
 BACKENDS = [

@@ -30,7 +30,7 @@ MISTAKES = {
     "copy_forgotten": r"thread 0 \(warp 0, lane 0\): returned without waiting for its asynchronous copies",
     "exchange_without_barrier": "race at .* no barrier between|wrong result: exchange",
     "exchange_in_warp_without_barrier": "race at .* no barrier between|wrong result: exchange",
-    "too_much_shared": "invalid configuration argument",
+    "too_much_shared": "invalid argument",
     "clusters_before_hopper": "invalid configuration argument",
     "cluster_without_barrier": "race at .* no barrier between|wrong result: cluster_read",
     "cluster_returns_early": r"executor.cpp:\d+: threads of the block of rank 2 have returned|"

@@ -20,14 +20,20 @@ CALLS = {
     "peaks_match": (Q[:, 0], Q[:, 0, :, 0], 1),
     "zero_tprune": (Q, Q, Q, 0.5, 1),
 }
+SETTINGS = {
+    "allow_tf32": {False: False, True: True},
+    "fp32_precision": {"none": False, "ieee": False, "tf32": True},
+}
 
 
-@pytest.fixture(params=[False, True])
+@pytest.fixture(params=[(name, value) for name, values in SETTINGS.items() for value in values], ids=str)
 def allow(request: pytest.FixtureRequest) -> Iterator[bool]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = request.param
-    yield request.param
-    torch.backends.cuda.matmul.allow_tf32 = before
+    """Whether tf32 is allowed, by the old setting of torch and by the new one, which makes the old one unreadable."""
+    name, value = request.param
+    setattr(torch.backends.cuda.matmul, name, value)
+    yield SETTINGS[name][value]
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.fp32_precision = "none"
 
 
 @pytest.mark.parametrize("op", CALLS)
@@ -53,3 +59,20 @@ def test_distances_are_never_rounded(op: str, allow: bool, monkeypatch: pytest.M
 def test_every_operator_with_the_setting_is_here() -> None:
     schemas = {name: str(getattr(torch.ops.tokenprune, name).default._schema) for name in ops.__all__}
     assert {name for name, schema in schemas.items() if "allow_tf32" in schema} == set(CALLS)
+
+
+def test_compiled_calls_follow_the_setting(allow: bool) -> None:
+    """They are compiled again when it changes."""
+    given: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        (call,) = (node for node in graph.graph.nodes if node.target is torch.ops.tokenprune.wpr_qk.default)
+        given.append(call.args[-1])
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(lambda q: ops.wpr_qk(q, q, 0.5), fullgraph=True, backend=backend)
+    compiled(Q)
+    torch.backends.cuda.matmul.fp32_precision = "ieee" if allow else "tf32"
+    compiled(Q)
+    assert given == [allow, not allow]

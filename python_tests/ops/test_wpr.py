@@ -77,11 +77,20 @@ def test_every_head_stops_on_its_own(backend: Backend, tokens: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "dtype", "blocks"), [(263, torch.float32, 2), (300, torch.float64, 4), (560, torch.float64, 0)]
+    ("backend", "tokens", "dtype", "blocks"),
+    [
+        on_host("sm_90", 263, torch.float32, 2),
+        on_host("sm_90", 300, torch.float64, 4),
+        on_host("sm_90", 400, torch.float64, 8),
+        on_host("sm_90", 560, torch.float64, 0),
+        on_host("sm_90, 4 multiprocessors", 300, torch.float64, 4),
+        on_host("sm_90, 4 multiprocessors", 400, torch.float64, 0),
+        on_host("sm_90, PTX of sm_80", 263, torch.float32, 0),
+    ],
 )
-@pytest.mark.parametrize("backend", [on_host("sm_90")])
 def test_the_blocks_of_a_cluster_hold_a_matrix(backend: Backend, tokens: int, dtype: torch.dtype, blocks: int) -> None:
-    """Rows that do not divide evenly, heads that stop on their own; more than eight blocks hold is read again."""
+    """Rows that do not divide evenly, heads that stop on their own. What more than eight blocks hold is read again, and
+    so it is where the device is too small for the cluster, or its code does not know of any."""
     sharpness = torch.tensor([0.5, 8.0], dtype=torch.float64)[:, None, None]
     generator = torch.Generator().manual_seed(tokens)
     attn = (torch.randn(1, 2, tokens, tokens, generator=generator, dtype=torch.float64) * sharpness).softmax(-1)

@@ -17,7 +17,17 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def allow_tf32(value: object) -> bool:
     """Whether torch lets products of this float32 tensor round their factors to tf32; never on the CPU."""
-    return not getattr(value, "is_cpu", True) and bool(torch.backends.cuda.matmul.allow_tf32)
+    return not getattr(value, "is_cpu", True) and _products_in_tf32()
+
+
+def _products_in_tf32() -> bool:
+    # Set by allow_tf32 too. That cannot be read any more where this has been set, which is an error of torch.
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+# What torch.compiler.assume_constant_result does, after a second of imports: torch.compile cannot trace the setting. It
+# compiles again when the setting changes.
+_products_in_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def widened(value: Any, of: object, integers: bool = False) -> Any:

@@ -124,7 +124,7 @@ def attn_colsum_qk(
 
     Returns:
         Attention received by every token, ``[B, N]``, float32 (float64 when ``q`` is). NaN propagates. On a GPU,
-        products of float32 tensors use tf32 when ``torch.backends.cuda.matmul.allow_tf32`` is set.
+        products of float32 tensors use tf32 when torch's own do (``torch.backends.cuda.matmul.fp32_precision``).
 
     Raises:
         TypeError: an argument is no tensor, or has an unsupported dtype.

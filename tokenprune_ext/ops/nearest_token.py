@@ -110,7 +110,7 @@ def nearest_token(
     or a squared norm (``euclidean``: four times it) beyond the range of the sums' dtype is nobody's candidate and has
     none. The similarity has a gradient, through the chosen pair; rank has none. Where two candidates are equally
     similar up to rounding, devices may choose differently. On a GPU, products of float32 tensors use tf32 when
-    ``torch.backends.cuda.matmul.allow_tf32`` is set, but for ``euclidean``; norms do not.
+    torch's own do (``torch.backends.cuda.matmul.fp32_precision``), but for ``euclidean``; norms do not.
 
     Args:
         metric: what is compared, e.g. keys or tokens, ``[B, N, D]``; float16, bfloat16, float32 or float64.

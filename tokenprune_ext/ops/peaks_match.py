@@ -112,8 +112,8 @@ def peaks_match(metric: Tensor, importance: Tensor, keep: int, num_prefix: int =
 
     Equal importance, scores or similarities: the lower position comes first. NaN importance is the least, NaN scores
     are the lowest. A token with NaN, an infinity or a norm beyond the range of the sums' dtype is similar to nothing.
-    Carries no gradient. On a GPU, products of float32 tensors use tf32 when ``torch.backends.cuda.matmul.allow_tf32``
-    is set; norms do not.
+    Carries no gradient. On a GPU, products of float32 tensors use tf32 when torch's own do
+    (``torch.backends.cuda.matmul.fp32_precision``); norms do not.
 
     Args:
         metric: what is compared, e.g. tokens, ``[B, N, D]``; float16, bfloat16, float32 or float64.

@@ -184,7 +184,7 @@ def wpr_qk(
     Returns:
         Scores ``[B, H, P]``, float32 (float64 when ``q`` is). A NaN gives NaN scores. On a GPU the probabilities of
         16-bit inputs are held in float16 while they are on chip; products of float32 tensors use tf32 when
-        ``torch.backends.cuda.matmul.allow_tf32`` is set.
+        torch's own do (``torch.backends.cuda.matmul.fp32_precision``).
 
     Raises:
         TypeError: an argument is no tensor, or has an unsupported dtype.

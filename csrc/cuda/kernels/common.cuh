@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "clusters.h"
 #include "device.cuh"
 
 namespace tokenprune {
@@ -120,9 +121,10 @@ __device__ value_t* copy_to_shared(unsigned char* base, const value_t* from, int
 }
 
 // The fewest blocks that hold something together when each of them has bytes(blocks) of shared memory: 1, or where the
-// current device has clusters 2, 4 or 8, the most that every such device can run; 0 when none do.
+// current device runs the kernel, which has so many threads, in clusters, 2, 4 or 8, the most that every such device
+// can run; 0 when none do.
 template <typename Bytes>
-cudaError_t blocks_that_hold(Bytes bytes, int* blocks) {
+cudaError_t blocks_that_hold(Bytes bytes, const void* kernel, int threads, int* blocks) {
   int device = 0, limit = 0, clusters = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
@@ -132,7 +134,11 @@ cudaError_t blocks_that_hold(Bytes bytes, int* blocks) {
   const int most = clusters ? 8 : 1;
   *blocks = 1;
   while (*blocks <= most && bytes(*blocks) > limit) *blocks *= 2;
-  if (*blocks > most) *blocks = 0;
+  bool run = *blocks <= most;
+  if (error == cudaSuccess && run && *blocks > 1) {
+    error = runs_in_clusters(kernel, *blocks, threads, bytes(*blocks), &run);
+  }
+  if (!run) *blocks = 0;
   return error;
 }
 

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "clusters.h"
 #include "record_launch.h"
 
 // An array of the block: TOKENPRUNE_SHARED(float, sums, 32);
@@ -135,32 +136,18 @@ __device__ inline T cluster_read(const T* shared, int rank) {
 }
 
 // ---- Launches ----
-// In clusters of so many blocks along x. Asks for `shared_bytes` of shared memory, which may be more than the 48 KiB
-// that need no asking.
+// In clusters of so many blocks along x.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_clusters(int blocks, void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes,
                             cudaStream_t stream, Arguments... arguments) {
-  constexpr int64_t kWithoutAsking = 48 * 1024;
-  if (shared_bytes > kWithoutAsking) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  const void* const address = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = ask_for_shared(address, shared_bytes);
+  if (error != cudaSuccess) return error;
   bool execute = true;
-  const cudaError_t error = record_launch(reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes, &execute);
+  error = record_launch(address, grid, threads, shared_bytes, &execute);
   if (error != cudaSuccess || !execute) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(blocks);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = blocks > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  const ClusterLaunch launch(blocks, grid, threads, shared_bytes, stream);
+  return cudaLaunchKernelEx(&launch.config, kernel, static_cast<Parameters>(arguments)...);
 }
 
 template <typename... Parameters, typename... Arguments>

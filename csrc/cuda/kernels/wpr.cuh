@@ -171,7 +171,9 @@ __global__ void __launch_bounds__(kThreads) kernel(WprParams params, int blocks,
 // In how many blocks' shared memory a matrix lies on the current device; in none, a workspace is needed.
 template <typename value_t, typename acc_t>
 cudaError_t wpr_blocks(const WprParams& params, int* blocks) {
-  return blocks_that_hold([&](int count) { return wpr::staged_bytes<value_t, acc_t>(params.tokens, count); }, blocks);
+  const auto bytes = [&](int count) { return wpr::staged_bytes<value_t, acc_t>(params.tokens, count); };
+  const auto kernel = reinterpret_cast<const void*>(wpr::kernel<value_t, acc_t, true, true>);
+  return blocks_that_hold(bytes, kernel, wpr::kThreads, blocks);
 }
 
 template <typename value_t, typename acc_t>

@@ -189,7 +189,8 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(WprParams params, int
 template <typename value_t, typename acc_t>
 cudaError_t wpr_qk_blocks(const WprQkParams& params, int* blocks) {
   const auto bytes = [&](int count) { return wpr_qk::resident_bytes<value_t, acc_t>(params.qk.tokens, count); };
-  return blocks_that_hold(bytes, blocks);
+  const auto kernel = reinterpret_cast<const void*>(wpr_qk::resident_kernel<false, true, value_t, acc_t>);
+  return blocks_that_hold(bytes, kernel, wpr::kThreads, blocks);
 }
 
 // Numbers of the workspace: the lse and, unless matrices are held, the sums of the tiles.
