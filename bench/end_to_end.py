@@ -1,7 +1,7 @@
 """Whole models: dense with fused attention against every registered method at 65 % of the blocks' MACs.
 
 Random weights: they decide which tokens are kept, not how long that takes. Eager first, since compiling takes minutes.
-On a CPU, freed memory stays with the process (see harness.keep_freed_memory), and eager models also report which share
+On a CPU, freed memory stays with the process (see latency.keep_freed_memory), and eager models also report which share
 of the time goes into choosing, merging and gathering tokens: into the whole step, and into its operators alone.
 """
 
@@ -18,7 +18,7 @@ from unittest import mock
 
 import click
 import torch
-from harness import append, keep_freed_memory
+from harness import append
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from tokenprune_ext import apply, describe, methods
 from tokenprune_ext.compare import DENSE, share
 from tokenprune_ext.environment import environment
-from tokenprune_ext.latency import measure_latency
+from tokenprune_ext.latency import keep_freed_memory, measure_latency
 from tokenprune_ext.patch import block
 
 MODELS = ("deit_small_patch16_224", "deit_base_patch16_224")
@@ -219,8 +219,8 @@ def main(
 
     torch.manual_seed(0)
     torch.set_num_threads(threads)
-    if device == "cpu" and not default_malloc:
-        keep_freed_memory()
+    if not default_malloc:
+        keep_freed_memory(device)
     where = environment(torch.device(device))
     dense = {name: timm.create_model(name, pretrained=False) for name in models}
     for compiler, name, batch in itertools.product(compilers, models, batches):

@@ -6,7 +6,6 @@ with. All variants of a case run interleaved, so that drift of the machine meets
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import json
 import subprocess
@@ -58,19 +57,6 @@ class Case:
     tolerance: float = 1e-4
     baselines: dict[str, Callable[[], Any]] = field(default_factory=dict)
     device: str = field(default="cpu")
-
-
-def keep_freed_memory() -> None:
-    """From now on glibc keeps what is freed, for the next call.
-
-    How much of it glibc hands back to the system, to be faulted in again page by page, depends on the order in which
-    the whole process allocates: a tenth of a forward at batch 8, and another part of it in the next process.
-    """
-    glibc = ctypes.CDLL(None)
-    if hasattr(glibc, "mallopt"):
-        trim_threshold, mmap_max = -1, -4  # malloc.h
-        glibc.mallopt(mmap_max, 0)
-        glibc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def check(case: Case, variants: dict[str, Callable[[], Any]]) -> None:

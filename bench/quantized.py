@@ -23,7 +23,7 @@ from tokenprune_ext.compare import DENSE, macs_of, share
 from tokenprune_ext.data import batches
 from tokenprune_ext.environment import environment
 from tokenprune_ext.evaluate import evaluate
-from tokenprune_ext.latency import measure_latency, quantile
+from tokenprune_ext.latency import keep_freed_memory, measure_latency, quantile
 
 FLOAT = "float32"
 
@@ -114,6 +114,7 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
+    keep_freed_memory("cpu")
     wanted = tuple(kinds.split(","))
     if not set(wanted) <= set(KINDS):
         raise click.UsageError(f"--kinds: expected some of {', '.join(KINDS)}")

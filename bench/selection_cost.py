@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import click
 import torch
 from end_to_end import DTYPES, EAGER, MACS, Setting, compiled
-from harness import append, keep_freed_memory
+from harness import append
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -25,7 +25,7 @@ from torch import nn
 from tokenprune_ext import Schedule, apply, methods
 from tokenprune_ext.compare import share
 from tokenprune_ext.environment import environment
-from tokenprune_ext.latency import measure_latency
+from tokenprune_ext.latency import keep_freed_memory, measure_latency
 from tokenprune_ext.patch.context import AttentionContext, Reduced
 
 TWIN = "first_tokens"
@@ -124,8 +124,7 @@ def main(
 
     torch.manual_seed(0)
     torch.set_num_threads(threads)
-    if device == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     where = environment(torch.device(device))
     dense = timm.create_model(model, pretrained=False)
     for compiler, batch in itertools.product(compilers, batches):

@@ -31,7 +31,7 @@ from tokenprune_ext.dynamicvit.objective import DynamicViTObjective
 from tokenprune_ext.environment import environment
 from tokenprune_ext.evaluate import evaluate
 from tokenprune_ext.files import replacing
-from tokenprune_ext.latency import measure_latency
+from tokenprune_ext.latency import keep_freed_memory, measure_latency
 from tokenprune_ext.prune import describe
 from tokenprune_ext.train import CrossEntropy, Objective, Options, TrainingData, train
 from tokenprune_ext.vtp.objective import SparsityObjective
@@ -175,6 +175,7 @@ def main(
     record: Path | None,
 ) -> None:
     torch.set_num_threads(threads)
+    keep_freed_memory("cpu")
     for seed in seeds:
         found = measured(Runs(output, seed, images, epochs), held_out_images, batch_size, budget)
         with replacing(output / f"seed-{seed}.json") as file:

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from tokenprune_ext import vtp
-from tokenprune_ext.latency import measure_latency
+from tokenprune_ext.latency import keep_freed_memory, measure_latency
 from tokenprune_ext.prune import describe
 
 
@@ -37,6 +37,7 @@ def gated(model: nn.Module) -> nn.Module:
 @click.option("--rates", default="0.2,0.4,0.6")
 @click.option("--budget", default=30.0, help="seconds to time for, for the table and for the models")
 def main(name: str, batch_size: int, device: str, align: int, rates: str, budget: float) -> None:
+    keep_freed_memory(device)
     dense = timm.create_model(name).eval().to(device)
     model = gated(timm.create_model(name).eval()).to(device)
     images = torch.randn(batch_size, 3, 224, 224, device=device)

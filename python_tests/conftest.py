@@ -20,6 +20,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def memory_kept(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The devices a command would keep freed memory for, were it a process of its own."""
+    devices: list[str] = []
+    monkeypatch.setattr("tokenprune_ext.latency.keep_freed_memory", lambda device: devices.append(str(device)))
+    return devices
+
+
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Path]:
     """The folder of the benchmarks, which import each other by name as when one is run as a script."""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tokenprune_ext.cli import main
 from tokenprune_ext.cli_compare import METHODS
-from tokenprune_ext.cli_values import parse_methods
+from tokenprune_ext.cli_values import default_device, parse_methods
 from tokenprune_ext.demo.model import WEIGHTS_PATH
 from tokenprune_ext.schedule import Schedule
 
@@ -55,7 +55,7 @@ def assert_usage_error(result: Result, *said: str) -> None:
         assert words in message
 
 
-def test_compare_prints_a_table_and_writes_a_report(inputs: Path, tmp_path: Path) -> None:
+def test_compare_prints_a_table_and_writes_a_report(inputs: Path, tmp_path: Path, memory_kept: list[str]) -> None:
     args = compare_args(inputs, tmp_path / "report")
     result = run(*args)
     assert result.exit_code == 0, result.output
@@ -66,13 +66,14 @@ def test_compare_prints_a_table_and_writes_a_report(inputs: Path, tmp_path: Path
     assert report["command"] == "tokenprune " + " ".join(map(str, args))
     assert report["settings"]["images"] == 8
     assert all(row["latency"] is not None for row in report["rows"])
+    assert memory_kept == [default_device()]
     html = (tmp_path / "report" / "report.html").read_text("utf-8")
     assert "pomt 60 %" in html
     assert "5.png" not in html  # pictures are of images 0, 2, 4, 6
     assert "6.png" in html
 
 
-def test_compare_options_reach_the_comparison(inputs: Path, tmp_path: Path) -> None:
+def test_compare_options_reach_the_comparison(inputs: Path, tmp_path: Path, memory_kept: list[str]) -> None:
     schedule = Schedule.build(timm.create_model("test_vit", img_size=64), "topk", layers=[1], keep=[9])
     schedule.save(tmp_path / "mine.json")
     options = {"methods": "topk,zero_tprune:start=uniform:iters=(3,2,1)", "schedule": tmp_path / "mine.json"}
@@ -92,6 +93,7 @@ def test_compare_options_reach_the_comparison(inputs: Path, tmp_path: Path) -> N
     assert zero_tprune["name"] == "zero_tprune:start=uniform:iters=(3,2,1) 80 %"
     assert zero_tprune["schedule"]["options"]["iters"] == [3, 2, 1]
     assert all(row["latency"] is None and row["accuracy"]["top1"] is None for row in report["rows"])
+    assert not memory_kept
 
 
 def test_dense_with_an_option_is_a_row_of_its_own(inputs: Path, tmp_path: Path) -> None:
@@ -263,12 +265,13 @@ def test_info_as_table_and_as_json() -> None:
 
 
 @pytest.mark.skipif(not WEIGHTS_PATH.is_file(), reason="the weights of the demo model are not there")
-def test_demo_compares_methods(tmp_path: Path) -> None:
+def test_demo_compares_methods(tmp_path: Path, memory_kept: list[str]) -> None:
     result = run("demo", "--images", "10", "--latency-budget", "0", "--output", tmp_path)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "report.json").read_text("utf-8"))
     assert {row["method"] for row in report["rows"]} == {None, *METHODS.split(",")}
     assert report["rows"][0]["accuracy"]["top1"] > 0.5
+    assert memory_kept
     assert (tmp_path / "report.html").is_file()
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,17 @@ from torch import Tensor, nn
 
 from tokenprune_ext import latency
 from tokenprune_ext.latency import measure_latency, peak_memory
+
+FAULTS = """
+import resource, sys, torch
+from tokenprune_ext.latency import keep_freed_memory
+for device in sys.argv[1:]:
+    keep_freed_memory(device)
+for _ in range(30):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(2**24).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
 
 
 class Named(nn.Module):
@@ -77,3 +91,15 @@ class Allocates(nn.Module):
 def test_peak_memory_counts_what_is_held_at_a_time() -> None:
     peak = peak_memory(Allocates(), torch.zeros(1, 3, 2, 2))
     assert 4 * 2**20 <= peak < 4.1 * 2**20
+
+
+def faults_again(folder: Path, *devices: str) -> int:
+    """Page faults of taking 64 MiB for the thirtieth time, in a process of its own: the first ones grow the heap."""
+    command = (sys.executable, "-c", FAULTS, *devices)
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout)
+
+
+def test_freed_memory_is_kept_on_a_cpu(tmp_path: Path) -> None:
+    assert faults_again(tmp_path, "cpu") < 100
+    assert faults_again(tmp_path) > 100  # or nothing would have to be kept
+    assert faults_again(tmp_path, "cuda:0") > 100

@@ -1,11 +1,8 @@
-"""What the benchmarks of whole models do beside timing them: memory that stays, what a block costs in Python."""
+"""What the benchmarks of whole models do beside timing them: page faults, what a block costs in Python."""
 
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,31 +11,6 @@ from click.testing import CliRunner
 from host_models import images_for, make_host
 
 from tokenprune_ext import methods
-
-FAULTS = """
-import resource, sys, torch
-if sys.argv[1:]:
-    from harness import keep_freed_memory
-    keep_freed_memory()
-for _ in range(30):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(2**24).fill_(1)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-def faults_again(bench: Path, folder: Path, *arguments: str) -> int:
-    """Page faults of taking 64 MiB for the thirtieth time, in a process of its own: the first ones grow the heap."""
-    command = (sys.executable, "-c", FAULTS, *arguments)
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(bench)}, capture_output=True, text=True, check=True, cwd=folder
-    )
-    return int(done.stdout)
-
-
-def test_freed_memory_is_kept(bench: Path, tmp_path: Path) -> None:
-    assert faults_again(bench, tmp_path, "keep") < 100
-    assert faults_again(bench, tmp_path) > 100  # or nothing would have to be kept
 
 
 def test_page_faults_are_counted(bench: Path) -> None:

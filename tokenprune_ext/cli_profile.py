@@ -103,6 +103,7 @@ def profile(
         from rich.progress import Progress
 
         from tokenprune_ext import profiler
+        from tokenprune_ext.latency import keep_freed_memory
         from tokenprune_ext.loading import load_model
         from tokenprune_ext.profiler.report import write_profile
         from tokenprune_ext.profiler.verify import verify as check
@@ -128,7 +129,9 @@ def profile(
             )
         staircases = {} if predicted is None else _staircases(predicted)
         batches = () if data is None else _batches(model, data, seed, img_size, **options)
-        model = model.to(torch.device(device or values.default_device()), kind)
+        where = device or values.default_device()
+        keep_freed_memory(where)
+        model = model.to(where, kind)
         with (
             values.usage_error(ImportError, ValueError),
             values.usage_error(OSError, prefix="cannot write the profile: "),

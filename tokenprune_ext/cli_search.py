@@ -176,8 +176,10 @@ def _file(variant: Any) -> str:
 
 def _latency(path: Path, model: Any, space: Any, sample: Any, seconds: float) -> Any:
     """What was measured when this search began; measured now if it begins now."""
+    from tokenprune_ext.latency import keep_freed_memory
     from tokenprune_ext.search.latency import LatencyShare
 
+    keep_freed_memory(sample.device)  # for the check of what is found, too
     if path.exists():
         return LatencyShare.load(path, model)
     click.echo("measuring the latency of the blocks and of some pruned models", err=True)

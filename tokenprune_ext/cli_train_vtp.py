@@ -131,7 +131,9 @@ def _as_fast(gated: Any, asked: Mapping[str, Any], device: torch.device) -> AsFa
     import torch
 
     from tokenprune_ext import vtp
+    from tokenprune_ext.latency import keep_freed_memory
 
+    keep_freed_memory(device)
     batch, size = asked["latency_batch_size"], gated.patch_embed.img_size
     images = torch.randn(batch, gated.patch_embed.proj.in_channels, *size, device=device)
     return vtp.prune_to_latency(gated, asked["by_latency"], images, align=asked["align"])

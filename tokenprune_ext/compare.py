@@ -133,7 +133,8 @@ def compare(
         methods: methods by the label of their rows.
         budgets: fractions of the dense blocks' MACs to keep, scoring charged, each in (0, 1].
         schedules: schedules by label, one further row each.
-        latency_budget_s: seconds for the interleaved latency rounds; None leaves latency out.
+        latency_budget_s: seconds for the interleaved latency rounds; None leaves latency out. On a CPU
+            `latency.keep_freed_memory` should be called first, as the command line does.
         class_names: names for the captions of the pictures, in the order of the classes.
         picture_count: images to draw the kept patches on.
         progress: where to show progress bars.

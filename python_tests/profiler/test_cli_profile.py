@@ -67,11 +67,14 @@ def test_its_schedule_goes_into_every_command(
     assert "schedule_b1" in compared.output
 
 
-def test_a_second_run_measures_nothing_again(profiled: tuple[Result, Path, tuple[object, ...]]) -> None:
+def test_a_second_run_measures_nothing_again(
+    profiled: tuple[Result, Path, tuple[object, ...]], memory_kept: list[str]
+) -> None:
     _, output, args = profiled
     before = (output / "profile.jsonl").read_bytes()
     again = run(*args, "--alpha", 0)
     assert again.exit_code == 0, again.output
+    assert memory_kept  # before anything that a run does measure
     assert (output / "profile.jsonl").read_bytes() == before
     assert json.loads((output / "schedule_b1.json").read_text())["origin"]["alpha"] == 0
 

@@ -94,10 +94,11 @@ def test_a_budget_of_latency(inputs, tmp_path):
     assert (tmp_path / "latency.json").read_text() == before  # the costs of earlier trials stay what they were
 
 
-def test_a_new_search_measures(inputs, tmp_path):
+def test_a_new_search_measures(inputs, tmp_path, memory_kept):
     result = search(inputs, tmp_path, "--budget-latency", "1.0")  # whatever this machine is like
     assert result.exit_code == 0, result.output
     assert "measuring the latency" in result.output
+    assert memory_kept
     model = load_model("test_vit", weights=inputs / "w.safetensors", img_size=64)
     found = LatencyShare.load(tmp_path / "latency.json", model)
     assert found({}, methods.create("dense")) == 1.0

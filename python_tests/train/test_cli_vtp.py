@@ -103,7 +103,7 @@ def test_killed_between_the_parts(inputs: Path, tmp_path: Path, call: int) -> No
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def test_by_latency(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_latency(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_kept: list[str]) -> None:
     asked = []
 
     def as_fast(model: torch.nn.Module, share: float, images: torch.Tensor, *, align: int) -> vtp.AsFast:
@@ -114,6 +114,7 @@ def test_by_latency(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for _ in range(2):
         done = run("vtp", inputs, tmp_path / "run", "--by-latency", 0.8, "--latency-batch-size", 3)
         assert done.exit_code == 0, done.output
+    assert len(memory_kept) == 1
     assert asked == [(0.8, (3, 3, 64, 64), 1)]  # measured once: a run that goes on keeps what was removed
     assert (tmp_path / "run" / "latency-0.8-batch-3" / "model.safetensors").exists()
 
