@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,18 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def memory_kept(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The devices a command would keep freed memory for, were it a process of its own."""
+    """The devices a command would keep freed memory for, were it a process of its own; nothing is timed before."""
+    from tokenprune_ext import latency
+
     devices: list[str] = []
-    monkeypatch.setattr("tokenprune_ext.latency.keep_freed_memory", lambda device: devices.append(str(device)))
+    clock = latency._time_on_cpu
+
+    def timed(call: Callable[[], object]) -> float:
+        assert devices, "timed before freed memory was kept"
+        return clock(call)
+
+    monkeypatch.setattr(latency, "keep_freed_memory", lambda device: devices.append(str(device)))
+    monkeypatch.setattr(latency, "_time_on_cpu", timed)
     return devices
 
 

@@ -107,6 +107,7 @@ def test_by_latency(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     asked = []
 
     def as_fast(model: torch.nn.Module, share: float, images: torch.Tensor, *, align: int) -> vtp.AsFast:
+        assert memory_kept
         asked.append((share, tuple(images.shape), align))
         return vtp.AsFast(vtp.prune(model, 0.5), 0.79, 0.75)
 
